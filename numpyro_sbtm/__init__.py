@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned samplers for NumPyro: exact draws, an evidence with an error bar, and a plain verdict."""
+
+from numpyro_sbtm.kernels import LogVarianceDISKernel as LogVarianceDISKernel
+from numpyro_sbtm.kernels import SBTMKernel as SBTMKernel

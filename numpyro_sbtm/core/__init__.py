@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics, in pure JAX: six nouns, and the two methods made of them."""
+
+from numpyro_sbtm.core.algorithm import Algorithm as Algorithm
+from numpyro_sbtm.core.algorithm import Draws as Draws
+from numpyro_sbtm.core.algorithm import Info as Info
+from numpyro_sbtm.core.diffusion import diffusion as diffusion
+from numpyro_sbtm.core.divergence import Divergence as Divergence
+from numpyro_sbtm.core.divergence import kl as kl
+from numpyro_sbtm.core.divergence import log_variance as log_variance
+from numpyro_sbtm.core.divergence import two_pass_gradient as two_pass_gradient
+from numpyro_sbtm.core.path import Path as Path
+from numpyro_sbtm.core.path import evaluate as evaluate
+from numpyro_sbtm.core.path import noise_path as noise_path
+from numpyro_sbtm.core.path import reevaluate as reevaluate
+from numpyro_sbtm.core.path import simulate as simulate
+from numpyro_sbtm.core.process import Net as Net
+from numpyro_sbtm.core.process import Process as Process
+from numpyro_sbtm.core.process import dis as dis
+from numpyro_sbtm.core.target import Target as Target
+from numpyro_sbtm.core.transition import Gaussian as Gaussian
+from numpyro_sbtm.core.transition import Transition as Transition
+from numpyro_sbtm.core.sbtm import sbtm as sbtm

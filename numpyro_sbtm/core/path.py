@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One trajectory, and every density on it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from numpyro_sbtm.core.process import Process
+from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
+
+__all__ = ["Path", "evaluate", "log_kernels", "noise_path", "reevaluate", "simulate"]
+
+
+class Path(NamedTuple):
+    """A trajectory x_0, ..., x_T with the target's score and all log densities on it.
+
+    Attributes:
+        xs: the points, shape ``[T+1, d]``.
+        scores: the target's score at the points, shape ``[T+1, d]``.
+        log_init: log p_0(x_0), shape ``[]``.
+        log_forward: log F_k(x_{k+1} | x_k), shape ``[T]``.
+        log_backward: log B_k(x_k | x_{k+1}), shape ``[T]``.
+        log_target: the unnormalised log density of x_T, shape ``[]``.
+    """
+
+    xs: Float[Array, "*n T+1 d"]
+    scores: Float[Array, "*n T+1 d"]
+    log_init: Float[Array, "*n"]
+    log_forward: Float[Array, "*n T"]
+    log_backward: Float[Array, "*n T"]
+    log_target: Float[Array, "*n"]
+
+    @property
+    def log_weight(self) -> Float[Array, "*n"]:
+        """Log of target over proposal on the path: its exponential has mean Z, at any T."""
+        return self.log_target - self.log_init + jnp.sum(self.log_backward - self.log_forward, -1)
+
+
+def log_kernels(
+    process: Process,
+    params: Params,
+    k: Int[Array, ""],
+    x: Float[Array, " d"],
+    x_next: Float[Array, " d"],
+    score: Float[Array, " d"],
+    score_next: Float[Array, " d"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Evaluate log F_k(x_next | x) and log B_k(x | x_next)."""
+    return (
+        process.forward(params, k, x, score).log_prob(x_next),
+        process.backward(params, k, x_next, score_next).log_prob(x),
+    )
+
+
+def simulate(
+    process: Process, params: Params, target: Target, key: Key, *, detach: bool = True
+) -> Path:
+    """Simulate one path with the forward chain; `vmap` over keys for a batch.
+
+    Args:
+        process: the two chains.
+        params: parameters of the process.
+        target: the density of x_T.
+        key: random key.
+        detach: stop gradients through the points, so that only the densities depend on ``params``
+            (log-variance); False lets gradients run through the trajectory (reparametrised KL).
+
+    Returns:
+        The path, whose `log_weight` is exact at any number of steps.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net, Target, dis, simulate
+        >>> net = Net(lambda key, d: (), lambda p, t, x, s: (0 * x, 0 * x, jnp.zeros(())))
+        >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), 2)
+        >>> path = simulate(dis(net, 2, num_steps=4), (), target, jax.random.key(0))
+        >>> path.xs.shape, round(float(path.log_weight), 4)  # log(2 pi), on every path
+        ((5, 2), 1.8379)
+    """
+    hold = jax.lax.stop_gradient if detach else (lambda x: x)
+    key_init, key_steps = jax.random.split(key)
+    x0 = hold(process.init.sample(key_init))
+    _, score0 = value_and_score(target, x0)
+
+    def step(carry, inputs):  # type: ignore[no-untyped-def]
+        k, key_k = inputs
+        x, score = carry
+        forward = process.forward(params, k, x, score)
+        x_next = hold(forward.sample(key_k))
+        log_target, score_next = value_and_score(target, x_next)
+        log_backward = process.backward(params, k, x_next, score_next).log_prob(x)
+        out = (x_next, score_next, forward.log_prob(x_next), log_backward, log_target)
+        return (x_next, score_next), out
+
+    steps = jnp.arange(process.num_steps), jax.random.split(key_steps, process.num_steps)
+    _, (xs, scores, log_forward, log_backward, log_targets) = jax.lax.scan(step, (x0, score0), steps)
+    return Path(
+        jnp.concatenate([x0[None], xs]),
+        jnp.concatenate([score0[None], scores]),
+        process.init.log_prob(x0),
+        log_forward,
+        log_backward,
+        log_targets[-1],
+    )
+
+
+def noise_path(
+    process: Process, params: Params, target: Target, key: Key, x: Float[Array, " d"]
+) -> Float[Array, "T+1 d"]:
+    """Sample the points of a path that ends in a given draw, with the backward chain.
+
+    Given draws of the target this samples paths from the law that training aims at: they give the
+    upper bound of the log evidence (EUBO), off-policy training, and path refreshment.
+
+    Args:
+        process: the two chains.
+        params: parameters of the process.
+        target: the density of x_T.
+        key: random key.
+        x: the end point x_T, shape ``[d]``.
+
+    Returns:
+        The points x_0, ..., x_T, shape ``[T+1, d]``.
+    """
+
+    def step(x_next, inputs):  # type: ignore[no-untyped-def]
+        k, key_k = inputs
+        _, score = value_and_score(target, x_next)
+        before = process.backward(params, k, x_next, score).sample(key_k)
+        return before, before
+
+    steps = jnp.arange(process.num_steps), jax.random.split(key, process.num_steps)
+    _, xs = jax.lax.scan(step, x, steps, reverse=True)
+    return jnp.concatenate([xs, x[None]])
+
+
+def evaluate(
+    process: Process, params: Params, target: Target, xs: Float[Array, "T+1 d"]
+) -> Path:
+    """Put every density on given points: replay, backward paths, Metropolis.
+
+    Args:
+        process: the two chains.
+        params: parameters of the process.
+        target: the density of x_T.
+        xs: the points x_0, ..., x_T, shape ``[T+1, d]``.
+
+    Returns:
+        The path; ``evaluate(..., simulate(...).xs)`` equals ``simulate(...)``.
+    """
+    log_targets, scores = jax.vmap(lambda x: value_and_score(target, x))(xs)
+    blank = jnp.zeros(process.num_steps, xs.dtype)
+    path = Path(xs, scores, process.init.log_prob(xs[0]), blank, blank, log_targets[-1])
+    return reevaluate(process, params, path)
+
+
+def reevaluate(process: Process, params: Params, path: Path) -> Path:
+    """Put the densities of other parameters on a path, without another call of the target.
+
+    Args:
+        process: the two chains.
+        params: the other parameters.
+        path: one path with its cached scores and log target.
+
+    Returns:
+        The path with new ``log_forward`` and ``log_backward``.
+    """
+    log_forward, log_backward = jax.vmap(
+        lambda k, *ends: log_kernels(process, params, k, *ends)
+    )(jnp.arange(process.num_steps), path.xs[:-1], path.xs[1:], path.scores[:-1], path.scores[1:])
+    return path._replace(log_forward=log_forward, log_backward=log_backward)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is sampled: an unnormalised density on R^d."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+__all__ = ["Key", "LogDensity", "Params", "Target", "value_and_score"]
+
+Key = PRNGKeyArray | Shaped[Array, "2"]
+"""One JAX random key, typed (``jax.random.key``) or legacy (``jax.random.PRNGKey``)."""
+
+Params = Any
+"""Any pytree of arrays: the parameters of a network."""
+
+LogDensity = Callable[[Float[Array, " d"]], Float[Array, ""]]
+"""An unnormalised log density of one point of R^d."""
+
+
+class Target(NamedTuple):
+    """An unnormalised density on R^d.
+
+    Annealing and whitening are functions from a target to a target, so every method is written once,
+    for a density on R^d. ``log_z`` and ``sample`` are the truth, where it is known; only tests and
+    benchmarks read them.
+
+    Attributes:
+        logdensity_fn: the unnormalised log density of one point, shape ``[d]`` to shape ``[]``.
+        dim: the dimension d.
+        log_z: the logarithm of the integral of the density, or None.
+        sample: ``(key, n) -> [n, d]``, exact draws, or None.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.target import Target
+        >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), dim=2)
+        >>> float(target.logdensity_fn(jnp.ones(2)))
+        -1.0
+    """
+
+    logdensity_fn: LogDensity
+    dim: int
+    log_z: float | None = None
+    sample: Callable[[Key, int], Float[Array, "n d"]] | None = None
+
+
+def value_and_score(
+    target: Target, x: Float[Array, " d"]
+) -> tuple[Float[Array, ""], Float[Array, " d"]]:
+    """Evaluate the log density and its gradient, the score, at one point.
+
+    Args:
+        target: the density.
+        x: one point, shape ``[d]``.
+
+    Returns:
+        The log density, shape ``[]``, and the score, shape ``[d]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.target import Target, value_and_score
+        >>> value, score = value_and_score(Target(lambda x: -0.5 * jnp.sum(x**2), 2), jnp.ones(2))
+        >>> value.item(), score.tolist()
+        (-1.0, [-1.0, -1.0])
+    """
+    return jax.value_and_grad(target.logdensity_fn)(x)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows from draws with log weights (target over proposal): evidence, quality, correction."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Bool, Float, Int
+
+from numpyro_sbtm.core.target import Key
+
+__all__ = ["clean", "ess_fraction", "log_evidence", "metropolis", "resample"]
+
+
+def clean(log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Give proposals with an undefined or infinite weight the weight zero; count them separately.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import clean
+        >>> clean(jnp.array([0.0, jnp.nan, jnp.inf])).tolist()
+        [0.0, -inf, -inf]
+    """
+    return jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
+
+
+def log_evidence(log_weight: Float[Array, " n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Estimate log Z, the logarithm of the mean weight, and its standard error.
+
+    The standard error is that of the mean weight relative to the mean weight (delta method).
+
+    Args:
+        log_weight: of independent fresh proposals, shape ``[n]``; ``-inf`` is a weight of zero.
+
+    Returns:
+        The estimate and its standard error, both of shape ``[]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import log_evidence
+        >>> log_z, se = log_evidence(jnp.full(10, 3.0))
+        >>> round(float(log_z), 4), round(float(se), 4)
+        (3.0, 0.0)
+    """
+    n = log_weight.shape[0]
+    log_z = logsumexp(log_weight) - jnp.log(n)
+    relative = jnp.exp(log_weight - log_z)
+    return log_z, jnp.sqrt(jnp.sum((relative - 1.0) ** 2) / (n * max(n - 1, 1)))
+
+
+def ess_fraction(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
+    """Compute the effective sample fraction, ``(Σ w)² / (n Σ w²)``, between 1/n and 1.
+
+    Reference:
+        Kong (1992), A note on importance sampling using standardized weights.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import ess_fraction
+        >>> float(ess_fraction(jnp.array([0.0, -jnp.inf])))
+        0.5
+    """
+    log_ess = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
+    return jnp.nan_to_num(jnp.exp(log_ess)) / log_weight.shape[0]
+
+
+def resample(key: Key, log_weight: Float[Array, " n"], num: int) -> Int[Array, " num"]:
+    """Draw indices with probability proportional to the weights; uniformly if all weights are zero.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import resample
+        >>> resample(jax.random.key(0), jnp.array([-jnp.inf, 0.0]), 3).tolist()
+        [1, 1, 1]
+    """
+    alive = jnp.any(jnp.isfinite(log_weight))
+    return jax.random.categorical(key, jnp.where(alive, log_weight, 0.0), shape=(num,))
+
+
+def metropolis(
+    key: Key, log_weight: Float[Array, "*n"], proposed_log_weight: Float[Array, "*n"]
+) -> tuple[Bool[Array, "*n"], Float[Array, "*n"]]:
+    """Accept or reject independent proposals: probability ``min(1, w' / w)``.
+
+    Leaves the target invariant whatever the proposal, on points and on paths alike; a proposal of
+    weight zero is never accepted, and a current weight of zero always left.
+
+    Args:
+        key: random key.
+        log_weight: of the current states.
+        proposed_log_weight: of the proposals.
+
+    Returns:
+        Whether each proposal is accepted, and with what probability.
+
+    Reference:
+        Tierney (1994), Markov chains for exploring posterior distributions, section 2.3.3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import metropolis
+        >>> accept, prob = metropolis(jax.random.key(0), jnp.array([0.0]), jnp.array([1.0]))
+        >>> accept.tolist(), prob.tolist()
+        ([True], [1.0])
+    """
+    proposed = clean(proposed_log_weight)
+    log_ratio = jnp.where(jnp.isfinite(log_weight), proposed - log_weight, jnp.inf)
+    accept_prob = jnp.where(jnp.isfinite(proposed), jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
+    uniform = jax.random.uniform(key, accept_prob.shape, accept_prob.dtype)
+    return uniform < accept_prob, accept_prob

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a NumPyro model, or a potential function, to a density on R^d."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+from numpyro.infer import init_to_sample
+from numpyro.infer.util import initialize_model
+from numpyro.util import not_jax_tracer
+
+from numpyro_sbtm.core.target import Key, LogDensity
+
+__all__ = ["Problem", "from_model", "from_potential", "logdensity"]
+
+_START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
+
+
+class Problem(NamedTuple):
+    """A posterior on R^d, and the way back to the model's sites.
+
+    Attributes:
+        potential_gen: ``(*model_args, **model_kwargs) -> potential_fn``; the potential is minus the log
+            density of unconstrained values. Rebuilt from the arguments wherever these may change.
+        postprocess_gen: ``(*model_args, **model_kwargs) -> (unconstrained -> sites)``.
+        positions: valid unconstrained values, with a leading axis, one per chain.
+        starts: points from which to look for the posterior's bulk, shape ``[s, d]``.
+        order: the coordinates of R^d in the order of the model's trace, shape ``[d]``.
+        unravel: from a point of R^d to unconstrained values.
+    """
+
+    potential_gen: Callable[..., Callable[[Any], Float[Array, ""]]]
+    postprocess_gen: Callable[..., Callable[[Any], Any]]
+    positions: Any
+    starts: Float[Array, "s d"]
+    order: np.ndarray
+    unravel: Callable[[Float[Array, " d"]], Any]
+
+
+def _flat(values: Any) -> Float[Array, "n d"]:
+    return jax.vmap(lambda value: ravel_pytree(value)[0])(values)
+
+
+def _prototype(values: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), values)
+
+
+def from_model(
+    key: Key,
+    model: Callable[..., Any],
+    model_args: tuple[Any, ...],
+    model_kwargs: dict[str, Any],
+    *,
+    num_chains: int,
+    num_starts: int,
+    init_strategy: Callable[..., Any],
+    init_params: Any,
+    forward_mode: bool,
+) -> Problem:
+    """Set up a NumPyro model.
+
+    Starts come half from the initialisation strategy and half from the prior, which knows the scale of a
+    parameter; where prior draws have no finite density, from the strategy alone.
+
+    Args:
+        key: random key.
+        model: the model.
+        model_args: its positional arguments.
+        model_kwargs: its keyword arguments.
+        num_chains: how many valid positions to return.
+        num_starts: how many starts to return, an even number.
+        init_strategy: one of NumPyro's strategies.
+        init_params: unconstrained positions with a leading axis of length ``num_chains``, or None.
+        forward_mode: differentiate the model in forward mode.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: if the model has no continuous latent site, or ``init_params`` names other sites.
+        RuntimeError: if no start has a finite log density and gradient.
+    """
+    key_init, key_prior = jax.random.split(key)
+
+    def initialise(key: Key, strategy: Callable[..., Any], num: int) -> Any:
+        return initialize_model(
+            jax.random.split(key, num),
+            model,
+            init_strategy=strategy,
+            dynamic_args=True,
+            model_args=model_args,
+            model_kwargs=model_kwargs,
+            forward_mode_differentiation=forward_mode,
+        )
+
+    half = num_starts // 2
+    try:
+        info = initialise(key_init, init_strategy, num_chains + num_starts)
+    except RuntimeError as error:
+        if "Cannot find valid initial parameters" not in str(error):
+            raise
+        raise RuntimeError(
+            "Cannot find valid initial parameters: the log density or its gradient is not finite at "
+            "every point tried. Check the data for NaN or infinite values and the supports of the "
+            "sites, or pass another `init_strategy`, such as "
+            "`init_to_value(values=...)` with a point of finite density."
+        ) from error
+    values = info.param_info.z
+    if not jax.tree.leaves(values):
+        raise ValueError(
+            "`model` has no continuous latent site, so there is nothing to sample. "
+            "Use `numpyro.infer.Predictive` to simulate it."
+        )
+    flat = _flat(values)
+    starts = flat[num_chains : num_chains + half]
+    try:
+        prior = _flat(initialise(key_prior, init_to_sample, half).param_info.z)
+    except RuntimeError:  # no prior draw has a finite density
+        prior = flat[num_chains + half :]
+    positions = jax.tree.map(lambda leaf: leaf[:num_chains], values)
+    if init_params is not None:
+        expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
+        got = {name: jnp.shape(leaf) for name, leaf in init_params.items()}
+        if expected != got:
+            raise ValueError(
+                "`init_params` must hold the unconstrained value of every latent site: expected shapes "
+                f"{expected}, got {got}."
+            )
+        positions = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), init_params, positions)
+        starts = jnp.concatenate([_flat(positions), starts])[:half]
+    prototype = _prototype(values)
+    _, unravel = ravel_pytree(prototype)
+    return Problem(
+        info.potential_fn,
+        info.postprocess_fn,
+        positions,
+        jnp.concatenate([starts, prior]),
+        _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
+        unravel,
+    )
+
+
+def _trace_order(prototype: dict[str, Any], names: list[str]) -> np.ndarray:
+    """List the coordinates, which `ravel_pytree` sorts by site name, in the order of the trace."""
+    stop = np.cumsum([prototype[name].size for name in sorted(prototype)])
+    ranges = {
+        name: np.arange(end - prototype[name].size, end)
+        for name, end in zip(sorted(prototype), stop, strict=True)
+    }
+    return np.concatenate([ranges[name] for name in names])
+
+
+def from_potential(
+    key: Key,
+    potential_fn: Callable[[Any], Float[Array, ""]],
+    init_params: Any,
+    *,
+    num_chains: int,
+    num_starts: int,
+) -> Problem:
+    """Set up a potential function, minus a log density, of any pytree of unconstrained arrays.
+
+    Args:
+        key: random key.
+        potential_fn: the potential.
+        init_params: positions with a leading axis of length ``num_chains``.
+        num_chains: how many positions there are.
+        num_starts: how many starts to return.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: if ``init_params`` is missing, empty, or has no finite potential.
+    """
+    if init_params is None:
+        raise ValueError("Valid value of `init_params` must be provided with `potential_fn`.")
+    positions = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), init_params)
+    flat = _flat(positions) if jax.tree.leaves(positions) else jnp.zeros((num_chains, 0))
+    if flat.shape[1] == 0:
+        raise ValueError("`init_params` is empty, so there is nothing to sample.")
+    energy = jax.vmap(potential_fn)(positions)
+    if not_jax_tracer(energy) and not np.all(np.isfinite(energy)):
+        raise ValueError(
+            f"`potential_fn` must be finite at `init_params`, got {np.asarray(energy).tolist()}. "
+            "Pass a point of finite density."
+        )
+    _, unravel = ravel_pytree(_prototype(positions))
+    noise = _START_RADIUS * jax.random.normal(key, (num_starts, flat.shape[1]), flat.dtype)
+    starts = flat[jnp.arange(num_starts) % num_chains] + noise
+
+    def identity_gen(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        return lambda x: x
+
+    def potential_gen(*args: Any, **kwargs: Any) -> Callable[[Any], Float[Array, ""]]:
+        return potential_fn
+
+    order = np.arange(flat.shape[1])
+    return Problem(potential_gen, identity_gen, positions, starts, order, unravel)
+
+
+def logdensity(
+    problem: Problem, model_args: tuple[Any, ...], model_kwargs: dict[str, Any], forward_mode: bool
+) -> LogDensity:
+    """Build the log density of a point of R^d for given model arguments.
+
+    Args:
+        problem: the problem.
+        model_args: positional arguments of the model.
+        model_kwargs: keyword arguments of the model.
+        forward_mode: compute its gradient in forward mode, for models with a ``while_loop``.
+    """
+    potential = problem.potential_gen(*model_args, **model_kwargs)
+
+    def value(x: Float[Array, " d"]) -> Float[Array, ""]:
+        return -potential(problem.unravel(x))
+
+    if not forward_mode:
+        return value
+
+    differentiable = jax.custom_vjp(value)
+    differentiable.defvjp(
+        lambda x: (value(x), jax.jacfwd(value)(x)), lambda score, cotangent: (cotangent * score,)
+    )
+    return differentiable

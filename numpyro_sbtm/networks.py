@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks, as pairs of pure functions on plain parameter dicts. The only module that knows flax."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from numpyro_sbtm.core.process import Net
+from numpyro_sbtm.core.target import Key, Params
+
+__all__ = ["denoiser", "score_mlp"]
+
+
+def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
+    """Turn a flax module into pure functions of a plain dict of arrays."""
+
+    def init(key: Key, dim: int) -> Params:
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        return nnx.to_pure_dict(nnx.state(make(dim, nnx.Rngs(key)), nnx.Param))
+
+    def apply(params: Params, *inputs: Float[Array, "..."]) -> Any:
+        dim = inputs[-1].shape[-1]
+        graph, state = nnx.split(nnx.eval_shape(lambda: make(dim, nnx.Rngs(0))))
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)(*inputs)
+
+    return Net(init, apply)
+
+
+class _Denoiser(nnx.Module):
+    def __init__(self, dim: int, width: int, depth: int, rngs: nnx.Rngs) -> None:
+        dtype = jnp.result_type(float)
+        zero = nnx.initializers.zeros
+        self.dim, self.width = dim, width
+        self.x = nnx.Linear(2 * dim, width, param_dtype=dtype, rngs=rngs)
+        self.time = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
+        self.hidden = nnx.List(
+            nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(depth - 1)
+        )
+        self.shift = nnx.List(
+            nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(depth - 1)
+        )
+        self.out = nnx.Linear(
+            width, 2 * dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
+        )
+        self.gate = nnx.Linear(
+            width, 1, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
+        )
+
+    def __call__(
+        self, log_snr: Float[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, ""]]:
+        frequencies = jnp.geomspace(0.1, 3.0, self.width // 2, dtype=x.dtype)
+        angles = log_snr * frequencies
+        time = nnx.gelu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
+        hidden = nnx.gelu(self.x(jnp.concatenate([x, score])) + time)
+        for layer, shift in zip(self.hidden, self.shift, strict=True):
+            hidden = nnx.gelu(layer(hidden) + shift(time))
+        mean, log_var = jnp.split(self.out(hidden), 2)
+        return mean, 4.0 * jnp.tanh(log_var / 4.0), self.gate(time)[0]
+
+
+def denoiser(width: int = 64, depth: int = 2) -> Net:
+    """Make the network of `dis`: the end point's mean and log variance, and a gate for the score.
+
+    A multilayer perceptron of the point and the score feature, shifted in every layer by an embedding of
+    the log signal-to-noise ratio. That embedding does not depend on the point, so that a batch of points
+    at one time shares it. All outputs are zero at the start: the process is then its own time reversal.
+
+    Args:
+        width: units of each hidden layer, an even number.
+        depth: number of hidden layers.
+
+    Returns:
+        A net whose ``apply(params, log_snr, x, score)`` gives ``(mean [d], log_var [d], gate [])``.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.networks import denoiser
+        >>> net = denoiser(width=8)
+        >>> mean, log_var, gate = net.apply(
+        ...     net.init(jax.random.key(0), 3), jnp.array(0.5), jnp.ones(3), jnp.ones(3))
+        >>> mean.tolist(), float(gate)
+        ([0.0, 0.0, 0.0], 0.0)
+    """
+    return _functional(lambda dim, rngs: _Denoiser(dim, width, depth, rngs))
+
+
+class _ScoreMLP(nnx.Module):
+    def __init__(self, dim: int, width: int, depth: int, rngs: nnx.Rngs) -> None:
+        dtype = jnp.result_type(float)
+        zero = nnx.initializers.zeros
+        sizes = [dim] + depth * [width]
+        self.hidden = nnx.List(
+            nnx.Linear(a, b, param_dtype=dtype, rngs=rngs)
+            for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+        self.out = nnx.Linear(
+            width, dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
+        )
+
+    def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        for layer in self.hidden:
+            x = nnx.soft_sign(layer(x))
+        return self.out(x)
+
+
+def score_mlp(width: int = 64, depth: int = 2) -> Net:
+    """Make the network of `sbtm`: a correction to the score of a normal distribution.
+
+    A multilayer perceptron with bounded, smooth activations (softsign), as in the paper's code: far from
+    the particles its output, and so the velocity it causes, stays bounded. It is zero at the start.
+
+    Args:
+        width: units of each hidden layer.
+        depth: number of hidden layers.
+
+    Returns:
+        A net whose ``apply(params, x)`` gives a vector of shape ``[d]``.
+
+    Reference:
+        Ilin, Sushko & Hu (2025), arXiv:2504.18130.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.networks import score_mlp
+        >>> net = score_mlp(width=8)
+        >>> net.apply(net.init(jax.random.key(0), 3), jnp.ones(3)).tolist()
+        [0.0, 0.0, 0.0]
+    """
+    return _functional(lambda dim, rngs: _ScoreMLP(dim, width, depth, rngs))
