@@ -3,3 +3,5 @@
 
 from numpyro_sbtm.kernels import LogVarianceDISKernel as LogVarianceDISKernel
 from numpyro_sbtm.kernels import SBTMKernel as SBTMKernel
+from numpyro_sbtm.results import Report as Report
+from numpyro_sbtm.results import report as report

@@ -168,7 +168,10 @@ def learned_chain(
         x, log_det = jax.vmap(lambda u: unwhiten(training.whitening, u))(draws.x)
         usable = jnp.isfinite(draws.log_weight) & jnp.all(jnp.isfinite(x), -1)
         return Proposals(
-            x, jnp.where(usable, draws.log_weight, jnp.nan), log_det - draws.logdensity, draws.one_to_one
+            x,
+            jnp.where(usable, draws.log_weight, jnp.nan),
+            log_det - draws.logdensity,
+            draws.one_to_one,
         )
 
     def ravel_chains(z: Any) -> Float[Array, "*c d"]:
@@ -179,32 +182,33 @@ def learned_chain(
         return jax.vmap(problem.unravel)(x) if chains else problem.unravel(x)
 
     def draw(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
-        rng_key, key_first, key_block, key_accept = jax.random.split(state.rng_key, 4)
+        rng_key, key_block, key_start, key_accept = jax.random.split(state.rng_key, 4)
         drawn = state.i - num_warmup
-        x = ravel_chains(state.z)
 
-        def blocks(key: Key, rounds: int) -> Proposals:
+        def refill(k: Int[Array, ""], blocks: tuple[Proposals, Proposals]) -> tuple[Proposals, Proposals]:
+            key = jax.random.fold_in(key_block, k)
             flat = propose(key, state.training, rounds * num_chains, args, kwargs)
-            return jax.tree.map(lambda leaf: leaf.reshape(rounds, *chains, *leaf.shape[1:]), flat)
+            new = jax.tree.map(lambda leaf: leaf.reshape(rounds, *chains, *leaf.shape[1:]), flat)
+            return new, blocks[0]
+
+        # at the first draw two blocks: one for the chains' first states, one for what is proposed
+        times = jnp.where(drawn == 0, 2, jnp.where(drawn % rounds == 0, 1, 0))
+        block, seeds = jax.lax.fori_loop(0, times, refill, (state.block, state.block))
 
         def first() -> tuple[Float[Array, "*c d"], Float[Array, "*c"], Float[Array, "*c"]]:
-            # chains start from weighted draws of a block of their own, independent of what follows
-            key_propose, key_resample = jax.random.split(key_first)
-            seeds = propose(key_propose, state.training, rounds * num_chains, args, kwargs)
-            weight = clean(seeds.log_weight)
-            chosen = resample(key_resample, weight, num_chains).reshape(chains)
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(chains) + 1 :]), seeds)
+            weight = clean(flat.log_weight)
+            chosen = resample(key_start, weight, num_chains).reshape(chains)
             alive = jnp.isfinite(weight[chosen])
             return (
-                jnp.where(alive[..., None], seeds.x[chosen], x),
+                jnp.where(alive[..., None], flat.x[chosen], x),
                 weight[chosen],
-                jnp.where(alive, seeds.potential_energy[chosen], state.potential_energy),
+                jnp.where(alive, flat.potential_energy[chosen], state.potential_energy),
             )
 
+        x = ravel_chains(state.z)
         x, log_weight, energy = jax.lax.cond(
             drawn == 0, first, lambda: (x, state.log_weight, state.potential_energy)
-        )
-        block = jax.lax.cond(
-            drawn % rounds == 0, lambda: blocks(key_block, rounds), lambda: state.block
         )
         proposal = jax.tree.map(lambda leaf: leaf[drawn % rounds], block)
         finite = jnp.isfinite(proposal.log_weight)
@@ -250,9 +254,7 @@ def learned_chain(
             training,
         )
         training = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), training)
-        block = jax.tree.map(
-            lambda leaf: jnp.zeros((rounds, *chains, *leaf.shape[1:]), leaf.dtype), block
-        )
+        block = jax.tree.map(lambda leaf: jnp.zeros((rounds, *chains, *leaf.shape[1:]), leaf.dtype), block)
         blank = jnp.zeros(chains, dtype)
         return KernelState(
             i=jnp.zeros((), jnp.int32),

@@ -1,290 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPyro kernels: adapters that drive an algorithm through `numpyro.infer.MCMC`, no mathematics."""
+"""The kernels for `numpyro.infer.MCMC`: the choice of an algorithm, and its options."""
 
-import copy
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from numpyro.infer import init_to_uniform
-from numpyro.infer.mcmc import MCMCKernel
-from numpyro.util import is_prng_key
 
-from numpyro_sbtm.chain import KernelState, Precondition, Proposals, learned_chain
+from numpyro_sbtm.adapter import LearnedKernel
+from numpyro_sbtm.chain import Precondition
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.diffusion import diffusion
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.process import dis
 from numpyro_sbtm.core.sbtm import sbtm
-from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.model import from_model, from_potential
+from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.networks import denoiser, score_mlp
 
 __all__ = ["LogVarianceDISKernel", "SBTMKernel"]
-
-_NUM_STARTS = 8
-
-
-def _check_precondition(precondition: Precondition) -> None:
-    if precondition is None or (isinstance(precondition, str) and precondition == "auto"):
-        return
-    cure = "Pass 'auto', None, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
-    if not isinstance(precondition, tuple) or len(precondition) != 2:
-        raise ValueError(f"`precondition` must describe a whitening, got {precondition!r}. {cure}")
-    loc, scale_tril = (np.asarray(part) for part in precondition)
-    if loc.ndim != 1 or scale_tril.shape != loc.shape * 2:
-        raise ValueError(
-            f"`precondition` has shapes {loc.shape} and {scale_tril.shape} that do not match. {cure}"
-        )
-    if np.any(np.triu(scale_tril, 1) != 0) or not np.all(np.diagonal(scale_tril) > 0):
-        raise ValueError(
-            "`precondition` needs a lower triangular `scale_tril` with a positive diagonal, such as a "
-            "Cholesky factor of the posterior covariance."
-        )
-
-
-class _LearnedKernel(MCMCKernel):  # type: ignore[misc]
-    """Everything but the choice of the algorithm. Abstract; the kernels below are final."""
-
-    sample_field = "z"
-    default_fields = ("diverging",)
-
-    def __init__(
-        self,
-        model: Callable[..., Any] | None,
-        potential_fn: Callable[..., Any] | None,
-        *,
-        precondition: Precondition,
-        correction: str | None,
-        shared: bool,
-        block_size: int,
-        forward_mode_differentiation: bool,
-        init_strategy: Callable[..., Any],
-    ) -> None:
-        if not (model is None) ^ (potential_fn is None):
-            raise ValueError("Only one of `model` or `potential_fn` must be specified.")
-        if correction not in ("metropolis", None):
-            raise ValueError(
-                f"`correction` must be 'metropolis' or None, got {correction!r}. None returns raw draws "
-                "of the learned sampler, which are not exact."
-            )
-        _check_precondition(precondition)
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
-        self._model = model
-        self._potential_fn = potential_fn
-        self._precondition = precondition
-        self._correction = correction
-        self._shared = shared
-        self._block_size = block_size
-        self._forward_mode = forward_mode_differentiation
-        self._init_strategy = init_strategy
-        self._ensemble = False
-        self._forget()
-
-    def _forget(self) -> None:
-        self._sample_fn: Callable[..., KernelState] | None = None
-        self._propose_fn: Callable[..., Proposals] | None = None
-        self._postprocess_gen: Callable[..., Any] | None = None
-
-    @abstractmethod
-    def _algorithm(self, target: Target, num_warmup: int) -> Algorithm:
-        """Build the algorithm for a whitened target."""
-
-    # ------------------------------------------------------------------ NumPyro's contract
-    @property
-    def model(self) -> Callable[..., Any] | None:
-        """The model, or None with a potential function."""
-        return self._model
-
-    @property
-    def is_ensemble_kernel(self) -> bool:
-        """Whether the last `init` made one trained sampler for a batch of chains."""
-        return self._ensemble
-
-    @property
-    def correction(self) -> str | None:
-        """'metropolis' for exact draws, None for raw ones."""
-        return self._correction
-
-    def postprocess_fn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the map from unconstrained values to the model's sites."""
-        if self._postprocess_gen is None:
-            return lambda x: x
-        return self._postprocess_gen(*args, **kwargs)
-
-    def init(
-        self,
-        rng_key: Key,
-        num_warmup: int,
-        init_params: Any = None,
-        model_args: tuple[Any, ...] = (),
-        model_kwargs: dict[str, Any] | None = None,
-    ) -> KernelState:
-        """Set up the state; nothing is trained here.
-
-        Args:
-            rng_key: one key, or a batch of keys, one for every vectorised chain.
-            num_warmup: the number of training steps.
-            init_params: unconstrained positions, with a leading chain axis for a batch of keys.
-            model_args: positional arguments of the model.
-            model_kwargs: keyword arguments of the model.
-
-        Raises:
-            ValueError: if ``num_warmup`` is less than 1, or the model or ``init_params`` do not fit.
-            RuntimeError: if no start has a finite log density.
-        """
-        if num_warmup < 1:
-            raise ValueError(
-                f"`num_warmup` must be at least 1, got {num_warmup}: the sampler is trained during "
-                "warm-up. To go on from a trained one, set `mcmc.post_warmup_state`."
-            )
-        kwargs = {} if model_kwargs is None else model_kwargs
-        single = is_prng_key(rng_key)
-        self._ensemble = not single and self._shared
-        if single or self._shared:
-            chains = () if single else (len(rng_key),)
-            key = rng_key if single else rng_key[0]
-            return self._init_system(key, num_warmup, init_params, model_args, kwargs, chains)
-        states = [
-            self._init_system(
-                key,
-                num_warmup,
-                jax.tree.map(lambda leaf, c=c: leaf[c], init_params),
-                model_args,
-                kwargs,
-                (),
-            )
-            for c, key in enumerate(rng_key)
-        ]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        one_chain = self._sample_fn
-        axes = KernelState(**{f: None if f == "i" else 0 for f in KernelState._fields})
-
-        def sample_fn(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
-            # the counter stays unbatched: batched, every draw would pay for a training step
-            step = jax.vmap(lambda s: one_chain(s, args, kwargs), in_axes=(axes,), out_axes=axes)
-            return step(state)
-
-        self._sample_fn = sample_fn
-        return stacked._replace(i=states[0].i)
-
-    def sample(
-        self, state: KernelState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
-    ) -> KernelState:
-        """Do one training step in warm-up, one Metropolis step with a fresh proposal after it."""
-        if self._sample_fn is None:
-            raise RuntimeError("`sample` was called before `init`.")
-        return self._sample_fn(state, model_args, model_kwargs)
-
-    def propose(
-        self,
-        state: KernelState,
-        num_proposals: int,
-        rng_key: Key,
-        model_args: tuple[Any, ...] = (),
-        model_kwargs: dict[str, Any] | None = None,
-    ) -> Proposals:
-        """Draw fresh proposals with exact weights from a trained state.
-
-        Args:
-            state: ``mcmc.last_state``, from any chain method.
-            num_proposals: the number n of proposals, per trained sampler.
-            rng_key: random key.
-            model_args: positional arguments of the model.
-            model_kwargs: keyword arguments of the model.
-
-        Returns:
-            Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler.
-        """
-        if self._propose_fn is None:
-            raise RuntimeError(
-                "This kernel has not been set up: run `MCMC` with it first (after unpickling, once more)."
-            )
-        kwargs = {} if model_kwargs is None else model_kwargs
-        propose = jax.jit(self._propose_fn, static_argnums=2)
-        if is_prng_key(state.rng_key):
-            return propose(rng_key, state.training, num_proposals, model_args, kwargs)
-        keys = jax.random.split(rng_key, len(state.rng_key))
-        per_chain = [
-            propose(key, jax.tree.map(lambda leaf, c=c: leaf[c], state.training), num_proposals,
-                    model_args, kwargs)
-            for c, key in enumerate(keys)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_chain)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(_sample_fn=None, _propose_fn=None, _postprocess_gen=None)
-        return state
-
-    def wrap_model(self, wrapper: Callable[..., Any]) -> "_LearnedKernel":
-        """Return a copy of this kernel for another model."""
-        new = copy.copy(self)
-        new._model = wrapper
-        new._forget()
-        return new
-
-    def _init_system(
-        self,
-        rng_key: Key,
-        num_warmup: int,
-        init_params: Any,
-        model_args: tuple[Any, ...],
-        model_kwargs: dict[str, Any],
-        chains: tuple[int, ...],
-    ) -> KernelState:
-        """Make the state of one trained sampler, and the functions that advance it."""
-        key_init, key_state = jax.random.split(rng_key)
-        num_chains = chains[0] if chains else 1
-        if init_params is not None and not chains:
-            init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
-        if self._model is not None:
-            problem = from_model(
-                key_init,
-                self._model,
-                model_args,
-                model_kwargs,
-                num_chains=num_chains,
-                num_starts=_NUM_STARTS,
-                init_strategy=self._init_strategy,
-                init_params=init_params,
-                forward_mode=self._forward_mode,
-            )
-            self._postprocess_gen = problem.postprocess_gen
-        else:
-            problem = from_potential(
-                key_init,
-                self._potential_fn,
-                init_params,
-                num_chains=num_chains,
-                num_starts=_NUM_STARTS,
-            )
-        dim = problem.starts.shape[1]
-        if isinstance(self._precondition, tuple) and len(self._precondition[0]) != dim:
-            raise ValueError(
-                f"`precondition` is for dimension {len(self._precondition[0])}, but the posterior has "
-                f"dimension {dim} on the unconstrained space."
-            )
-        chain = learned_chain(
-            problem,
-            lambda target: self._algorithm(target, num_warmup),
-            model_args,
-            model_kwargs,
-            num_warmup=num_warmup,
-            chains=chains,
-            precondition=self._precondition,
-            corrected=self._correction is not None,
-            block_size=self._block_size,
-            forward_mode=self._forward_mode,
-        )
-        self._sample_fn, self._propose_fn = chain.sample, chain.propose
-        return chain.init(key_state)
-
 
 _COMMON = """
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
@@ -301,7 +34,7 @@ _COMMON = """
 """
 
 
-class LogVarianceDISKernel(_LearnedKernel):
+class LogVarianceDISKernel(LearnedKernel):
     __doc__ = f"""Learned diffusion that carries noise to the posterior, as a NumPyro kernel.
 
     A time-reversed diffusion (DIS) with exact Ornstein-Uhlenbeck steps is trained in warm-up by the
@@ -385,7 +118,7 @@ class LogVarianceDISKernel(_LearnedKernel):
         return diffusion(target, process, net, log_variance(), optimiser, **self._sizes)
 
 
-class SBTMKernel(_LearnedKernel):
+class SBTMKernel(LearnedKernel):
     __doc__ = f"""Score-based transport modelling, as a NumPyro kernel.
 
     In warm-up particles move by ``dx/dt = ∇log π(x) - s(x)`` while a network learns their score s;
@@ -458,7 +191,11 @@ class SBTMKernel(_LearnedKernel):
             init_strategy=init_strategy,
         )
         _check_positive(
-            learning_rate=learning_rate, width=width, depth=depth, scale=scale, duration=duration,
+            learning_rate=learning_rate,
+            width=width,
+            depth=depth,
+            scale=scale,
+            duration=duration,
             num_maps=num_maps,
         )
         self._num_maps = num_maps

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks, as pairs of pure functions on plain parameter dicts. The only module that knows flax."""
+"""Networks, as pairs of pure functions on a vector of parameters. The only module that knows flax."""
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.process import Net
@@ -16,17 +19,28 @@ __all__ = ["denoiser", "score_mlp"]
 
 
 def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
-    """Turn a flax module into pure functions of a plain dict of arrays."""
+    """Turn a flax module into pure functions of one vector of parameters.
+
+    One vector, not a tree of matrices: an optimiser's update is then a handful of kernels instead of a
+    handful for every matrix, which halves the time to compile a training step.
+    """
+
+    @cache
+    def skeleton(dim: int) -> tuple[nnx.GraphDef[Any], nnx.State, Callable[[Params], Any]]:
+        with jax.ensure_compile_time_eval():
+            graph, state = nnx.split(nnx.eval_shape(lambda: make(dim, nnx.Rngs(0))))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+            return graph, state, ravel_pytree(nnx.to_pure_dict(zeros))[1]
 
     def init(key: Key, dim: int) -> Params:
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
-        return nnx.to_pure_dict(nnx.state(make(dim, nnx.Rngs(key)), nnx.Param))
+        return ravel_pytree(nnx.to_pure_dict(nnx.state(make(dim, nnx.Rngs(key)), nnx.Param)))[0]
 
     def apply(params: Params, *inputs: Float[Array, "..."]) -> Any:
-        dim = inputs[-1].shape[-1]
-        graph, state = nnx.split(nnx.eval_shape(lambda: make(dim, nnx.Rngs(0))))
-        nnx.replace_by_pure_dict(state, params)
+        graph, state, unravel = skeleton(inputs[-1].shape[-1])
+        state = copy.deepcopy(state)
+        nnx.replace_by_pure_dict(state, unravel(params))
         return nnx.merge(graph, state)(*inputs)
 
     return Net(init, apply)
@@ -45,12 +59,8 @@ class _Denoiser(nnx.Module):
         self.shift = nnx.List(
             nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(depth - 1)
         )
-        self.out = nnx.Linear(
-            width, 2 * dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
-        )
-        self.gate = nnx.Linear(
-            width, 1, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
-        )
+        self.out = nnx.Linear(width, 2 * dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
+        self.gate = nnx.Linear(width, 1, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
 
     def __call__(
         self, log_snr: Float[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
@@ -97,12 +107,9 @@ class _ScoreMLP(nnx.Module):
         zero = nnx.initializers.zeros
         sizes = [dim] + depth * [width]
         self.hidden = nnx.List(
-            nnx.Linear(a, b, param_dtype=dtype, rngs=rngs)
-            for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+            nnx.Linear(a, b, param_dtype=dtype, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
         )
-        self.out = nnx.Linear(
-            width, dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
-        )
+        self.out = nnx.Linear(width, dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
 
     def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         for layer in self.hidden:

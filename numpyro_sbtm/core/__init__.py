@@ -17,7 +17,7 @@ from numpyro_sbtm.core.path import simulate as simulate
 from numpyro_sbtm.core.process import Net as Net
 from numpyro_sbtm.core.process import Process as Process
 from numpyro_sbtm.core.process import dis as dis
+from numpyro_sbtm.core.sbtm import sbtm as sbtm
 from numpyro_sbtm.core.target import Target as Target
 from numpyro_sbtm.core.transition import Gaussian as Gaussian
 from numpyro_sbtm.core.transition import Transition as Transition
-from numpyro_sbtm.core.sbtm import sbtm as sbtm

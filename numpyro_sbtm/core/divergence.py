@@ -127,9 +127,7 @@ def two_pass_gradient(
     def loss(log_forward: Float[Array, "n T"], log_backward: Float[Array, "n T"]) -> Float[Array, ""]:
         return divergence.value(paths._replace(log_forward=log_forward, log_backward=log_backward))
 
-    value, cotangents = jax.value_and_grad(loss, argnums=(0, 1))(
-        paths.log_forward, paths.log_backward
-    )
+    value, cotangents = jax.value_and_grad(loss, argnums=(0, 1))(paths.log_forward, paths.log_backward)
     if times is None:
         times = jnp.arange(process.num_steps)
     scale = process.num_steps / times.shape[0]
@@ -141,7 +139,11 @@ def two_pass_gradient(
             lambda k, *ends: log_kernels(process, params, k, *ends), in_axes=(None, 0, 0, 0, 0)
         )
         return jax.vmap(over_paths, in_axes=(0, 1, 1, 1, 1))(
-            times, paths.xs[:, here], paths.xs[:, there], paths.scores[:, here], paths.scores[:, there]
+            times,
+            paths.xs[:, here],
+            paths.xs[:, there],
+            paths.scores[:, here],
+            paths.scores[:, there],
         )
 
     # a path with a zero cotangent may hold anything, NaN included: silence it before and after

@@ -54,9 +54,7 @@ def log_kernels(
     )
 
 
-def simulate(
-    process: Process, params: Params, target: Target, key: Key, *, detach: bool = True
-) -> Path:
+def simulate(process: Process, params: Params, target: Target, key: Key, *, detach: bool = True) -> Path:
     """Simulate one path with the forward chain; `vmap` over keys for a batch.
 
     Args:
@@ -136,9 +134,7 @@ def noise_path(
     return jnp.concatenate([xs, x[None]])
 
 
-def evaluate(
-    process: Process, params: Params, target: Target, xs: Float[Array, "T+1 d"]
-) -> Path:
+def evaluate(process: Process, params: Params, target: Target, xs: Float[Array, "T+1 d"]) -> Path:
     """Put every density on given points: replay, backward paths, Metropolis.
 
     Args:
@@ -167,7 +163,7 @@ def reevaluate(process: Process, params: Params, path: Path) -> Path:
     Returns:
         The path with new ``log_forward`` and ``log_backward``.
     """
-    log_forward, log_backward = jax.vmap(
-        lambda k, *ends: log_kernels(process, params, k, *ends)
-    )(jnp.arange(process.num_steps), path.xs[:-1], path.xs[1:], path.scores[:-1], path.scores[1:])
+    log_forward, log_backward = jax.vmap(lambda k, *ends: log_kernels(process, params, k, *ends))(
+        jnp.arange(process.num_steps), path.xs[:-1], path.xs[1:], path.scores[:-1], path.scores[1:]
+    )
     return path._replace(log_forward=log_forward, log_backward=log_backward)

@@ -12,6 +12,8 @@ from numpyro_sbtm.core.target import Key, LogDensity, Target
 
 __all__ = ["Whitening", "affine", "fit", "unwhiten", "whiten"]
 
+_SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations, that makes it a mode
+_TEST_STEPS = 64  # sets of noise kept for comparing fits
 _MAX_LOG_SCALE = 6.0  # bound on what one whitened point may add to a log scale: exp(6) is 400 times
 
 
@@ -78,9 +80,7 @@ def affine(
     return Whitening(order, loc, scale_tril, zero, zero, flat, flat, flat, flat)
 
 
-def _triangular(
-    whitening: Whitening, u: Float[Array, " d"]
-) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+def _triangular(whitening: Whitening, u: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
     """Map u to x[order], with the log-determinant."""
     stretched = jnp.exp(whitening.tail) * jnp.arcsinh(u) + whitening.skew
     s = jnp.sinh(stretched)
@@ -93,9 +93,7 @@ def _triangular(
     return whitening.loc + whitening.scale_tril @ r, log_det
 
 
-def unwhiten(
-    whitening: Whitening, u: Float[Array, " d"]
-) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+def unwhiten(whitening: Whitening, u: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
     """Map a whitened point to the target's space.
 
     Args:
@@ -129,9 +127,7 @@ def whiten(target: Target, whitening: Whitening) -> Target:
     return Target(logdensity, target.dim, target.log_z)
 
 
-def _climb(
-    logdensity_fn: LogDensity, start: Float[Array, " d"], num_steps: int
-) -> Float[Array, " d"]:
+def _climb(logdensity_fn: LogDensity, start: Float[Array, " d"], num_steps: int) -> Float[Array, " d"]:
     """Climb towards a mode by L-BFGS; returns the best finite point met."""
     optimiser = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
 
@@ -145,9 +141,7 @@ def _climb(
         value, gradient = value_and_grad(y, state=state)
         better = jnp.isfinite(value) & (value < best_value)
         best, best_value = jnp.where(better, y, best), jnp.where(better, value, best_value)
-        updates, state = optimiser.update(
-            gradient, state, y, value=value, grad=gradient, value_fn=loss
-        )
+        updates, state = optimiser.update(gradient, state, y, value=value, grad=gradient, value_fn=loss)
         return optax.apply_updates(y, updates), state, best, best_value
 
     carry = start, optimiser.init(start), start, jnp.asarray(jnp.inf, start.dtype)
@@ -198,68 +192,63 @@ def _whitening(guess: Whitening, shape: _Shape) -> Whitening:
 
 
 def _maximise_elbo(
-    key: Key, logdensity_fn: LogDensity, guess: Whitening, num_steps: int, num_draws: int
-) -> tuple[Whitening, Float[Array, ""]]:
-    """Fit the map by stochastic variational inference; returns it with its final ELBO."""
+    logdensity_fn: LogDensity,
+    guess: Whitening,
+    noise: Float[Array, "k m d"],
+    test_noise: Float[Array, "t d"],
+) -> tuple[Whitening, Float[Array, ""], Float[Array, "t d"]]:
+    """Fit the map by stochastic variational inference, one step for each set of noise.
+
+    Returns the map, its ELBO on the test noise, and the image of that noise.
+    """
     dim = guess.loc.shape[0]
-    schedule = optax.cosine_decay_schedule(0.03, num_steps, alpha=0.03)
+    schedule = optax.cosine_decay_schedule(0.03, noise.shape[0], alpha=0.03)
     optimiser = optax.chain(optax.clip_by_global_norm(10.0 * dim**0.5), optax.adam(schedule))
     vector, matrix = jnp.zeros_like(guess.loc), jnp.zeros_like(guess.scale_tril)
     shape = _Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
 
-    def logdensity_and_score(u: Float[Array, "n d"], whitening: Whitening):  # type: ignore[no-untyped-def]
-        x, log_det = jax.vmap(lambda v: _triangular(whitening, v))(u)
+    def step(carry, half):  # type: ignore[no-untyped-def]
+        shape, opt_state = carry
+        u = jnp.concatenate([half, -half])
+
+        def push(shape: _Shape) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
+            return jax.vmap(lambda v: _triangular(_whitening(guess, shape), v))(u)
+
+        (x, _), pull_back = jax.vjp(push, shape)
         value, score = jax.vmap(jax.value_and_grad(logdensity_fn))(x)
         keep = jnp.isfinite(value) & jnp.all(jnp.isfinite(score), -1)
-        return x, log_det, value, score, keep
-
-    def step(carry, key_k):  # type: ignore[no-untyped-def]
-        shape, opt_state = carry
-        half = jax.random.normal(key_k, (num_draws // 2, dim), guess.loc.dtype)
-        u = jnp.concatenate([half, -half])
-        _, _, _, score, keep = logdensity_and_score(u, _whitening(guess, shape))
-        score = jax.lax.stop_gradient(jnp.where(keep[:, None], score, 0.0))
-
-        def loss(shape: _Shape) -> Float[Array, ""]:
-            x, log_det = jax.vmap(lambda v: _triangular(_whitening(guess, shape), v))(u)
-            return -jnp.sum(jnp.where(keep, jnp.sum(score * x, -1) + log_det, 0.0)) / num_draws
-
-        gradient = jax.grad(loss)(shape)
+        cotangent = -jnp.where(keep[:, None], score, 0.0), -jnp.where(keep, 1.0, 0.0)
+        (gradient,) = pull_back(jax.tree.map(lambda c: c.astype(x.dtype) / u.shape[0], cotangent))
         updates, opt_state = optimiser.update(gradient, opt_state, shape)
         return (optax.apply_updates(shape, updates), opt_state), None
 
-    key_fit, key_test = jax.random.split(key)
-    carry, _ = jax.lax.scan(step, (shape, optimiser.init(shape)), jax.random.split(key_fit, num_steps))
+    carry, _ = jax.lax.scan(step, (shape, optimiser.init(shape)), noise)
     whitening = _whitening(guess, carry[0])
-    u = jax.random.normal(key_test, (512, dim), guess.loc.dtype)
-    _, log_det, value, _, keep = logdensity_and_score(u, whitening)
-    entropy = 0.5 * jnp.sum(u * u, -1) + 0.5 * dim * jnp.log(2 * jnp.pi)
-    elbo = jnp.mean(jnp.where(keep, value + log_det + entropy, -1e6))
-    return whitening, jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf)
+    x, log_det = jax.vmap(lambda v: _triangular(whitening, v))(test_noise)
+    value = jax.vmap(logdensity_fn)(x)
+    entropy = 0.5 * jnp.sum(test_noise**2, -1) + 0.5 * dim * jnp.log(2 * jnp.pi)
+    elbo = jnp.mean(jnp.where(jnp.isfinite(value), value + log_det + entropy, -1e6))
+    return whitening, jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf), x
 
 
-def _pool(key: Key, fits: Whitening, elbos: Float[Array, " s"]) -> Whitening:
+def _pool(fits: Whitening, elbos: Float[Array, " s"], x: Float[Array, "s t d"]) -> Whitening:
     """Choose the best of several fits, or, where they found separate modes, cover them all."""
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits)
     dim = best.loc.shape[0]
-    u = jax.random.normal(key, (256, dim), best.loc.dtype)
-    y = jax.vmap(lambda fit: jax.vmap(lambda v: _triangular(fit, v)[0])(u))(fits)
     weight = jax.nn.softmax(elbos)
-    y = jnp.where(weight[:, None, None] > 1e-6, y, 0.0)  # a failed fit may hold anything
-    means = jnp.mean(y, 1)
+    x = jnp.where(weight[:, None, None] > 1e-6, x, 0.0)  # a failed fit may hold anything
+    means = jnp.mean(x, 1)
     mean = weight @ means
-    centred = y - means[:, None]
-    within = jnp.einsum("s,sni,snj->ij", weight, centred, centred) / u.shape[0]
-    between = jnp.einsum("s,si,sj->ij", weight, means - mean, means - mean)
-    # the largest between-to-within ratio over single fits' directions from the mean
-    ridge = 1e-6 * jnp.trace(within) / dim * jnp.eye(dim)
+    centred = x - means[:, None]
+    within = jnp.einsum("s,sni,snj->ij", weight, centred, centred) / x.shape[1]
+    within += 1e-6 * jnp.trace(within) / dim * jnp.eye(dim)
     toward = means - mean
-    ratios = jnp.einsum("si,si->s", toward, jnp.linalg.solve(within + ridge, toward.T).T)
+    between = jnp.einsum("s,si,sj->ij", weight, toward, toward)
+    ratios = jnp.sum(toward * jnp.linalg.solve(within, toward.T).T, -1)
     ratio = jnp.max(jnp.where(weight > 0.01, ratios, 0.0))
-    separate = (ratio > 4.0) & jnp.all(jnp.isfinite(within + between))
-    tril = jnp.linalg.cholesky(jnp.where(separate, within + between + ridge, jnp.eye(dim)))
-    separate &= jnp.all(jnp.isfinite(tril))
-    pooled = affine(mean, tril, best.order)
+    tril = jnp.linalg.cholesky(jnp.where(ratio > _SEPARATE, within + between, jnp.eye(dim)))
+    separate = (ratio > _SEPARATE) & jnp.all(jnp.isfinite(tril))
+    pooled = affine(mean, jnp.where(separate, tril, jnp.eye(dim)), best.order)
     return jax.tree.map(lambda a, b: jnp.where(separate, a, b), pooled, best)
 
 
@@ -301,16 +290,16 @@ def fit(
         return target.logdensity_fn(jnp.zeros_like(y).at[order].set(y))
 
     num, dim = starts.shape
-    key_fit, key_pool = jax.random.split(key)
     starts = starts[:, order]
     locs = jax.vmap(lambda y: _climb(logdensity_fn, y, 100))(starts)
     # one at a time: two batched LAPACK calls that XLA runs side by side can block a two-core machine
     trils = jax.lax.map(lambda y: _laplace(logdensity_fn, y), locs)
     locs = jnp.concatenate([locs, starts])
     trils = jnp.concatenate([trils, jnp.broadcast_to(jnp.eye(dim), trils.shape)])
-    fits, elbos = jax.vmap(
-        lambda k, loc, tril: _maximise_elbo(
-            k, logdensity_fn, affine(loc, tril, order), num_steps, num_draws
-        )
-    )(jax.random.split(key_fit, 2 * num), locs, trils)
-    return _pool(key_pool, fits, elbos)
+    # all fits share their noise: one generator to compile, and fairer comparisons
+    noise = jax.random.normal(key, (num_steps + _TEST_STEPS, num_draws // 2, dim), starts.dtype)
+    noise, test_noise = noise[:num_steps], noise[num_steps:].reshape(-1, dim)
+    fits, elbos, x = jax.vmap(
+        lambda loc, tril: _maximise_elbo(logdensity_fn, affine(loc, tril, order), noise, test_noise)
+    )(locs, trils)
+    return _pool(fits, elbos, x)

@@ -12,7 +12,6 @@ so that with A_k = ∏_{j≥k} (1-α_j) and A_T = 1, x_k given x_T is N(√A_k x
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -89,9 +88,7 @@ def log_snr_grid(num_steps: int, low: float = -6.0, high: float = 7.5) -> np.nda
     return np.append(1.0 / (1.0 + np.exp(-snr)), 1.0)
 
 
-def dis(
-    net: Net, dim: int, num_steps: int = 32, scale: float = 1.0, score_clip: float = 3.0
-) -> Process:
+def dis(net: Net, dim: int, num_steps: int = 32, scale: float = 1.0, score_clip: float = 3.0) -> Process:
     """Make a time-reversed diffusion sampler (DIS) with exact Ornstein-Uhlenbeck kernels.
 
     The network predicts the mean D and the variance v of the end point x_T given x_k; then the step

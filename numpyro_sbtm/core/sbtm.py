@@ -98,9 +98,7 @@ def push(
     return jax.lax.scan(step, (x, zero, zero), maps)[0]
 
 
-def _affine_part(
-    particles: Float[Array, "n d"], scores: Float[Array, "n d"], params: Params
-) -> Maps:
+def _affine_part(particles: Float[Array, "n d"], scores: Float[Array, "n d"], params: Params) -> Maps:
     """Solve implicit score matching for affine velocities, in closed form.
 
     W = (I + E[g (x-μ)ᵀ]) C⁻¹ and b = E[g]: the best affine fit of the target's score g, less the score
@@ -244,7 +242,9 @@ def sbtm(
             current=current,
             maps=jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made),
         )
-        good = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))]))
+        good = jnp.all(
+            jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))])
+        )
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
 
     def step(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:

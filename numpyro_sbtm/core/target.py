@@ -46,9 +46,7 @@ class Target(NamedTuple):
     sample: Callable[[Key, int], Float[Array, "n d"]] | None = None
 
 
-def value_and_score(
-    target: Target, x: Float[Array, " d"]
-) -> tuple[Float[Array, ""], Float[Array, " d"]]:
+def value_and_score(target: Target, x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
     """Evaluate the log density and its gradient, the score, at one point.
 
     Args:

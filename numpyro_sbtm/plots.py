@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a run. Every function takes the axes to draw on; the only module that needs matplotlib."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["log_weights", "training_curve"]
+
+
+def training_curve(ax: "Axes", loss: Float[np.ndarray, " n"], *, window: int = 20) -> None:
+    """Draw the training loss with its running mean.
+
+    Args:
+        ax: matplotlib axes.
+        loss: one value a warm-up step, shape ``[n]``; NaN where a step trained nothing.
+        window: steps in the running mean.
+    """
+    loss = loss[np.isfinite(loss)]
+    ax.plot(loss, lw=0.5, alpha=0.5)
+    if loss.size > window:
+        mean = np.convolve(loss, np.ones(window) / window, "valid")
+        ax.plot(np.arange(window - 1, loss.size), mean, lw=1.5)
+    if loss.size and loss.min() > 0:
+        ax.set_yscale("log")
+    ax.set(xlabel="warm-up step", ylabel="training loss", title="Training")
+
+
+def log_weights(ax: "Axes", log_weight: Float[np.ndarray, " n"], log_evidence: float) -> None:
+    """Draw the histogram of the log weights of fresh proposals; the narrower, the better.
+
+    Args:
+        ax: matplotlib axes.
+        log_weight: shape ``[n]``; non-finite ones are left out.
+        log_evidence: drawn as a vertical line.
+    """
+    finite = log_weight[np.isfinite(log_weight)]
+    if finite.size:
+        low = np.quantile(finite, 0.005) - 0.5
+        ax.hist(np.clip(finite, low, None), bins=60, density=True)
+        ax.axvline(log_evidence, color="k", lw=1, label="log evidence")
+        ax.legend(frameon=False)
+    ax.set(xlabel="log weight", yticks=[], title="Fresh proposals")

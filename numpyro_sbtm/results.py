@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether to trust a run, and its evidence."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.diagnostics import psis_weights
+from jaxtyping import Array, Float
+from numpyro.diagnostics import split_gelman_rubin
+from numpyro.infer import MCMC
+from numpyro.util import is_prng_key
+
+from numpyro_sbtm import plots
+from numpyro_sbtm.adapter import LearnedKernel
+from numpyro_sbtm.core.target import Key
+from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "pareto_khat", "report"]
+
+Verdict = Literal["reliable", "caution", "unreliable"]
+
+# limits of "reliable" and of "caution"
+_MIN_ACCEPTANCE = (0.2, 0.05)
+_MIN_ESS = (0.1, 0.01)
+_MAX_BAD_SHARE = (0.01, 0.2)
+_MAX_RHAT = (1.02, 1.1)
+
+
+def pareto_khat(log_weight: Float[Array, " n"]) -> float:
+    """Fit the tail of the weights: Pareto k̂, below 0.7 for estimates with a usable error bar.
+
+    Args:
+        log_weight: of fresh proposals, shape ``[n]``; ``-inf`` is a weight of zero.
+
+    Returns:
+        k̂; infinity if there are too few weights for a tail, or none is positive. Equal weights have none
+        and give minus infinity.
+
+    Reference:
+        Vehtari et al. (2024), Pareto smoothed importance sampling, JMLR 25.
+
+    Examples:
+        >>> import jax
+        >>> from numpyro_sbtm.results import pareto_khat
+        >>> pareto_khat(0.1 * jax.random.normal(jax.random.key(0), (1000,))) < 0.5
+        True
+    """
+    weight = np.asarray(log_weight)
+    alive = weight[np.isfinite(weight)]
+    if alive.size < 25:
+        return float("inf")
+    if np.ptp(alive) < 1e-4:
+        return float("-inf")
+    # weights of zero are kept, far below the rest: they do not belong to the tail
+    floor = alive.max() - 700.0 if weight.dtype == np.float64 else alive.max() - 80.0
+    _, khat = psis_weights(jnp.asarray(np.where(np.isfinite(weight), weight, floor)))
+    return float(khat) if np.isfinite(khat) else float("inf")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found. Printing it gives a summary; `plot` draws it.
+
+    Attributes:
+        verdict: "reliable", "caution" or "unreliable".
+        advice: one line: why, and what to try next.
+        acceptance: mean acceptance probability of the Metropolis steps, over all chains.
+        khat: Pareto k̂ of the weights of fresh proposals.
+        ess_fraction: effective sample fraction of fresh proposals.
+        log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
+        log_evidence_se: its standard error.
+        elbo: mean log weight, a lower bound of the log evidence in expectation.
+        max_rhat: the largest split R-hat over sites; NaN with fewer than four draws.
+        training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``.
+        skipped_updates: updates left out because their gradient was not finite.
+        nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
+        not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
+        gradients: gradients of the target spent in training.
+        correction: 'metropolis', or None for raw draws.
+        log_weight: of the fresh proposals, shape ``[n]``.
+    """
+
+    verdict: Verdict
+    advice: str
+    acceptance: float
+    khat: float
+    ess_fraction: float
+    log_evidence: float
+    log_evidence_se: float
+    elbo: float
+    max_rhat: float
+    training: np.ndarray
+    skipped_updates: int
+    nonfinite_proposals: int
+    not_one_to_one: float
+    gradients: int
+    correction: str | None
+    log_weight: np.ndarray
+
+    def __str__(self) -> str:
+        exact = "Metropolis-corrected" if self.correction else "UNCORRECTED: raw draws of the sampler"
+        rows = [
+            ("draws", exact),
+            ("log evidence", f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"),
+            ("ELBO", f"{self.elbo:.3f}"),
+            ("effective sample fraction", f"{self.ess_fraction:.3f}"),
+            ("Pareto k-hat", f"{self.khat:.2f}"),
+            ("acceptance rate", f"{self.acceptance:.3f}"),
+            ("largest R-hat", f"{self.max_rhat:.3f}"),
+            ("skipped updates", f"{self.skipped_updates}"),
+            ("non-finite proposals", f"{self.nonfinite_proposals}"),
+            ("target gradients in training", f"{self.gradients:,}"),
+        ]
+        if self.not_one_to_one > 0:
+            rows.append(("maps perhaps not one-to-one", f"{self.not_one_to_one:.2%} of proposals"))
+        lines = [f"{name:<30}{value}" for name, value in rows]
+        return "\n".join([f"{self.verdict}: {self.advice}", *lines])
+
+    def plot(self) -> "Figure":
+        """Draw the training curve and the log weights side by side.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: without matplotlib; install the extra ``plot``.
+        """
+        import matplotlib.pyplot as plt
+
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        for loss in np.atleast_2d(self.training):
+            plots.training_curve(left, loss)
+        plots.log_weights(right, self.log_weight, self.log_evidence)
+        figure.suptitle(self.verdict)
+        return figure
+
+
+def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None) -> Report:
+    """Judge a finished run of one of this package's kernels.
+
+    Evidence and weights come from fresh proposals of the frozen sampler, independent of the batches that
+    trained it and of the chains.
+
+    Args:
+        mcmc: after `run`.
+        num_proposals: fresh proposals, over all trained samplers.
+        rng_key: key for them; by default derived from the run's last state.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: for another kernel.
+        RuntimeError: if there is no finished run.
+
+    Examples:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_sbtm import LogVarianceDISKernel, report
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mcmc = MCMC(LogVarianceDISKernel(model), num_warmup=100, num_samples=200, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), 1.0)
+        >>> found = report(mcmc)
+        >>> found.verdict, round(found.log_evidence, 1)  # log N(1; 0, 2) = -1.515...
+        ('reliable', -1.5)
+    """
+    kernel, state = mcmc.sampler, mcmc.last_state
+    if not isinstance(kernel, LearnedKernel):
+        raise TypeError(
+            f"`mcmc` must run a kernel of numpyro_sbtm, got {type(kernel).__name__}. "
+            "NUTS and others have no importance weights to report on."
+        )
+    if state is None:
+        raise RuntimeError("`mcmc` has not been run: call `mcmc.run(...)` first.")
+    if num_proposals < 100:
+        raise ValueError(f"`num_proposals` must be at least 100, got {num_proposals}.")
+    single = is_prng_key(state.rng_key)
+    if rng_key is None:
+        rng_key = jax.random.fold_in(state.rng_key if single else state.rng_key[0], 1)
+    each = num_proposals if single else -(-num_proposals // len(state.rng_key))
+    proposals = kernel.propose(state, each, rng_key, mcmc._args, mcmc._kwargs)
+    log_weight = clean(proposals.log_weight.reshape(-1))
+    log_z, log_z_se = (float(value) for value in log_evidence(log_weight))
+    fraction = float(ess_fraction(log_weight))
+    finite = np.isfinite(np.asarray(log_weight))
+    acceptance = float(np.mean(np.asarray(state.mean_accept_prob)))
+    folded = float(1.0 - np.mean(np.asarray(proposals.one_to_one)))
+    khat = pareto_khat(log_weight)
+    max_rhat = _max_rhat(mcmc.get_samples(group_by_chain=True))
+    verdict, advice = _judge(
+        kernel.correction, khat, acceptance, fraction, 1.0 - finite.mean(), folded, max_rhat
+    )
+    return Report(
+        verdict=verdict,
+        advice=advice,
+        acceptance=acceptance,
+        khat=khat,
+        ess_fraction=fraction,
+        log_evidence=log_z,
+        log_evidence_se=log_z_se,
+        elbo=float(np.mean(np.asarray(log_weight)[finite])) if finite.any() else float("-inf"),
+        max_rhat=max_rhat,
+        training=np.asarray(state.training.loss),
+        skipped_updates=int(np.sum(np.asarray(state.training.skipped_updates))),
+        nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
+        not_one_to_one=folded,
+        gradients=int(np.sum(np.asarray(state.training.gradients))),
+        correction=kernel.correction,
+        log_weight=np.asarray(proposals.log_weight).reshape(-1),
+    )
+
+
+def _max_rhat(samples: Any) -> float:
+    values = []
+    for leaf in jax.tree.leaves(samples):
+        draws = np.asarray(leaf)
+        if draws.shape[1] >= 4 and draws.size and np.issubdtype(draws.dtype, np.floating):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values.append(np.ravel(split_gelman_rubin(draws)))
+    found = np.concatenate(values) if values else np.array([np.nan])
+    found = found[np.isfinite(found)]  # constant sites have none
+    return float(found.max()) if found.size else float("nan")
+
+
+def _judge(
+    correction: str | None,
+    khat: float,
+    acceptance: float,
+    fraction: float,
+    nonfinite: float,
+    folded: float,
+    max_rhat: float,
+) -> tuple[Verdict, str]:
+    """Find the worst fault; its grade is the verdict and its cure the advice."""
+    longer = "train longer (`num_warmup`), or pass a wider `precondition`"
+    rhat = max_rhat if np.isfinite(max_rhat) else 1.0
+    faults = [
+        # (badness, limit of "reliable", limit of "caution", words)
+        (
+            khat,
+            0.7,
+            1.0,
+            f"the weights have a heavy tail (k-hat {khat:.2f}): the learned proposal is too "
+            f"narrow, or the posterior is improper; {longer}",
+        ),
+        (
+            -acceptance,
+            -_MIN_ACCEPTANCE[0],
+            -_MIN_ACCEPTANCE[1],
+            f"low acceptance ({acceptance:.2f}): {longer}",
+        ),
+        (
+            -fraction,
+            -_MIN_ESS[0],
+            -_MIN_ESS[1],
+            f"few effective proposals ({fraction:.3f}): {longer}",
+        ),
+        (
+            nonfinite,
+            *_MAX_BAD_SHARE,
+            f"{nonfinite:.1%} of proposals have no finite density: check the model "
+            "for overflow, or enable float64",
+        ),
+        (
+            folded,
+            *_MAX_BAD_SHARE,
+            f"at {folded:.1%} of proposals a transport map may not be one-to-one: use "
+            "more maps (`num_maps`) or a shorter `duration`",
+        ),
+        (rhat, *_MAX_RHAT, f"chains disagree (R-hat {rhat:.2f}): draw more samples, or {longer}"),
+    ]
+    for grade, column in (("unreliable", 2), ("caution", 1)):
+        over = [fault for fault in faults if not fault[0] <= fault[column]]
+        if over:
+            return grade, over[0][3]  # type: ignore[return-value]
+    if correction is None:
+        return "caution", "raw draws are not exact; weigh them, or use correction='metropolis'"
+    return "reliable", "draws are reliable"
