@@ -40,7 +40,7 @@ def _check_precondition(precondition: Precondition) -> None:
         )
 
 
-class LearnedKernel(MCMCKernel):  # type: ignore[misc]
+class LearnedKernel(MCMCKernel):
     """Everything but the choice of the algorithm. Abstract; the kernels below are final."""
 
     sample_field = "z"
@@ -156,7 +156,8 @@ class LearnedKernel(MCMCKernel):  # type: ignore[misc]
         ]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         one_chain = self._sample_fn
-        axes = KernelState(**{f: None if f == "i" else 0 for f in KernelState._fields})
+        assert one_chain is not None  # set by _init_system
+        axes: Any = KernelState(*(None if field == "i" else 0 for field in KernelState._fields))  # type: ignore[arg-type]
 
         def sample_fn(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
             # the counter stays unbatched: batched, every draw would pay for a training step
@@ -216,9 +217,8 @@ class LearnedKernel(MCMCKernel):  # type: ignore[misc]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_chain)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(_sample_fn=None, _propose_fn=None, _postprocess_gen=None)
-        return state
+        # closures are rebuilt by the next `init`, which `MCMC` calls where it finds no `_sample_fn`
+        return self.__dict__ | {"_sample_fn": None, "_propose_fn": None, "_postprocess_gen": None}
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "LearnedKernel":
         """Return a copy of this kernel for another model."""
@@ -241,7 +241,8 @@ class LearnedKernel(MCMCKernel):  # type: ignore[misc]
         num_chains = chains[0] if chains else 1
         if init_params is not None and not chains:
             init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
-        if self._model is not None:
+        if self._potential_fn is None:
+            assert self._model is not None  # checked by the constructor
             problem = from_model(
                 key_init,
                 self._model,

@@ -206,7 +206,8 @@ class SBTMKernel(LearnedKernel):
         }
         self._learning_rate = learning_rate
         self._net = (width, depth)
-        self._law = {"duration": duration, "scale": scale}
+        self._duration = duration
+        self._scale = scale
 
     def _algorithm(self, target: Target, num_warmup: int) -> Algorithm:
         num_maps = min(self._num_maps, num_warmup)
@@ -216,8 +217,9 @@ class SBTMKernel(LearnedKernel):
             optax.adamw(self._learning_rate, weight_decay=0.1),
             num_maps=num_maps,
             steps_per_map=num_warmup // num_maps,
+            duration=self._duration,
+            scale=self._scale,
             **self._sizes,
-            **self._law,
         )
 
 

@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -106,9 +107,7 @@ class _ScoreMLP(nnx.Module):
         dtype = jnp.result_type(float)
         zero = nnx.initializers.zeros
         sizes = [dim] + depth * [width]
-        self.hidden = nnx.List(
-            nnx.Linear(a, b, param_dtype=dtype, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.hidden = nnx.List(nnx.Linear(a, b, param_dtype=dtype, rngs=rngs) for a, b in pairwise(sizes))
         self.out = nnx.Linear(width, dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
 
     def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:

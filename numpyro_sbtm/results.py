@@ -25,9 +25,11 @@ __all__ = ["Report", "pareto_khat", "report"]
 
 Verdict = Literal["reliable", "caution", "unreliable"]
 
-# limits of "reliable" and of "caution"
-_MIN_ACCEPTANCE = (0.2, 0.05)
-_MIN_ESS = (0.1, 0.01)
+# limits for "reliable" and for "caution" of what is bad when large; shares that are bad when small enter
+# with a minus sign
+_MAX_KHAT = (0.7, 1.0)
+_MIN_ACCEPTANCE = (-0.2, -0.05)
+_MIN_ESS = (-0.1, -0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
 _MAX_RHAT = (1.02, 1.1)
 
@@ -242,45 +244,35 @@ def _judge(
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
     rhat = max_rhat if np.isfinite(max_rhat) else 1.0
-    faults = [
-        # (badness, limit of "reliable", limit of "caution", words)
+    faults: list[tuple[float, tuple[float, float], str]] = [
+        # badness, its limits for "reliable" and for "caution", what is wrong and the cure
         (
             khat,
-            0.7,
-            1.0,
-            f"the weights have a heavy tail (k-hat {khat:.2f}): the learned proposal is too "
-            f"narrow, or the posterior is improper; {longer}",
+            _MAX_KHAT,
+            f"the weights have a heavy tail (k-hat {khat:.2f}): the learned proposal is too narrow, or the "
+            f"posterior is improper; {longer}",
         ),
-        (
-            -acceptance,
-            -_MIN_ACCEPTANCE[0],
-            -_MIN_ACCEPTANCE[1],
-            f"low acceptance ({acceptance:.2f}): {longer}",
-        ),
-        (
-            -fraction,
-            -_MIN_ESS[0],
-            -_MIN_ESS[1],
-            f"few effective proposals ({fraction:.3f}): {longer}",
-        ),
+        (-acceptance, _MIN_ACCEPTANCE, f"low acceptance ({acceptance:.2f}): {longer}"),
+        (-fraction, _MIN_ESS, f"few effective proposals ({fraction:.3f}): {longer}"),
         (
             nonfinite,
-            *_MAX_BAD_SHARE,
-            f"{nonfinite:.1%} of proposals have no finite density: check the model "
-            "for overflow, or enable float64",
+            _MAX_BAD_SHARE,
+            f"{nonfinite:.1%} of proposals have no finite density: check the model for overflow, or enable "
+            "float64",
         ),
         (
             folded,
-            *_MAX_BAD_SHARE,
-            f"at {folded:.1%} of proposals a transport map may not be one-to-one: use "
-            "more maps (`num_maps`) or a shorter `duration`",
+            _MAX_BAD_SHARE,
+            f"at {folded:.1%} of proposals a transport map may not be one-to-one: use more maps "
+            "(`num_maps`) or a shorter `duration`",
         ),
-        (rhat, *_MAX_RHAT, f"chains disagree (R-hat {rhat:.2f}): draw more samples, or {longer}"),
+        (rhat, _MAX_RHAT, f"chains disagree (R-hat {rhat:.2f}): draw more samples, or {longer}"),
     ]
-    for grade, column in (("unreliable", 2), ("caution", 1)):
-        over = [fault for fault in faults if not fault[0] <= fault[column]]
-        if over:
-            return grade, over[0][3]  # type: ignore[return-value]
+    grades: tuple[tuple[int, Verdict], ...] = ((1, "unreliable"), (0, "caution"))
+    for column, grade in grades:
+        for badness, limits, words in faults:
+            if not badness <= limits[column]:
+                return grade, words
     if correction is None:
         return "caution", "raw draws are not exact; weigh them, or use correction='metropolis'"
     return "reliable", "draws are reliable"

@@ -25,8 +25,8 @@ class Path(NamedTuple):
         log_target: the unnormalised log density of x_T, shape ``[]``.
     """
 
-    xs: Float[Array, "*n T+1 d"]
-    scores: Float[Array, "*n T+1 d"]
+    xs: Float[Array, "*n T1 d"]
+    scores: Float[Array, "*n T1 d"]
     log_init: Float[Array, "*n"]
     log_forward: Float[Array, "*n T"]
     log_backward: Float[Array, "*n T"]
@@ -106,7 +106,7 @@ def simulate(process: Process, params: Params, target: Target, key: Key, *, deta
 
 def noise_path(
     process: Process, params: Params, target: Target, key: Key, x: Float[Array, " d"]
-) -> Float[Array, "T+1 d"]:
+) -> Float[Array, "T1 d"]:
     """Sample the points of a path that ends in a given draw, with the backward chain.
 
     Given draws of the target this samples paths from the law that training aims at: they give the
@@ -134,7 +134,7 @@ def noise_path(
     return jnp.concatenate([xs, x[None]])
 
 
-def evaluate(process: Process, params: Params, target: Target, xs: Float[Array, "T+1 d"]) -> Path:
+def evaluate(process: Process, params: Params, target: Target, xs: Float[Array, "T1 d"]) -> Path:
     """Put every density on given points: replay, backward paths, Metropolis.
 
     Args:

@@ -282,14 +282,13 @@ def fit(
         The whitening. Costs about ``2 s num_steps num_draws`` target gradients.
 
     Reference:
-        Kucukelbir et al. (2017), arXiv:1603.00788 (the inference); Papamakarios et al. (2017), arXiv:1705.07057 (maps whose
-        scale depends on earlier coordinates).
+        Kucukelbir et al. (2017), arXiv:1603.00788 (the inference); the maps: see `Whitening`.
     """
 
     def logdensity_fn(y: Float[Array, " d"]) -> Float[Array, ""]:
         return target.logdensity_fn(jnp.zeros_like(y).at[order].set(y))
 
-    num, dim = starts.shape
+    dim = starts.shape[1]
     starts = starts[:, order]
     locs = jax.vmap(lambda y: _climb(logdensity_fn, y, 100))(starts)
     # one at a time: two batched LAPACK calls that XLA runs side by side can block a two-core machine

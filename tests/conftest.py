@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes in the core's signatures are checked at run time; float64 where an identity asks for it."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("numpyro_sbtm.core", "beartype.beartype")
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small pieces that several test files share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_sbtm.core import Net, dis
+from numpyro_sbtm.networks import denoiser
+from numpyro_sbtm.targets import gaussian, gaussian_mixture
+
+STILL = Net(lambda key, dim: jnp.zeros(0), lambda params, t, x, score: (0 * x, 0 * x, jnp.zeros((), x.dtype)))
+"""A denoiser that has learned nothing: the process is its own time reversal."""
+
+
+def shaken(dim, num_steps=4, size=0.1, seed=0):
+    """A DIS process with a small network whose weights are all random, output layer included."""
+    net = denoiser(width=8)
+    params = net.init(jax.random.key(seed), dim)
+    noise = jax.random.normal(jax.random.key(seed + 1), params.shape, params.dtype)
+    return dis(net, dim, num_steps), params + size * noise
+
+
+def correlated():
+    """A two-dimensional normal density with correlation 0.8 and unequal scales."""
+    return gaussian(np.array([0.5, -1.0]), np.array([[1.0, 0.8], [0.8, 1.5]]))
+
+
+def two_modes():
+    """Two modes of weights 0.3 and 0.7 that a normal distribution does not separate."""
+    trils = np.stack([0.7 * np.eye(2), 0.5 * np.eye(2)])
+    return gaussian_mixture(np.array([0.3, 0.7]), np.array([[-1.5, 0.0], [1.5, 0.5]]), trils)
+
+
+def assert_within(estimate, truth, standard_error, limit=5.0):
+    """Assert that an estimate lies within a number of standard errors of the truth."""
+    estimate, truth, standard_error = map(np.asarray, (estimate, truth, standard_error))
+    score = np.abs(estimate - truth) / standard_error
+    assert np.all(score < limit), f"{score} standard errors off: {estimate} for {truth}"

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds exactly, for any parameters and any number of steps."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import STILL, assert_within, correlated, shaken, two_modes
+from numpyro_sbtm.core import dis, evaluate, kl, log_variance, noise_path, simulate, two_pass_gradient
+from numpyro_sbtm.core.path import reevaluate
+from numpyro_sbtm.core.process import log_snr_grid
+from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, metropolis, resample
+from numpyro_sbtm.targets import gaussian
+
+pytestmark = pytest.mark.usefixtures("x64")
+TARGETS = {"correlated": correlated, "two_modes": two_modes}
+
+
+def batch(process, params, target, seed, n, detach=True):
+    @jax.jit
+    def run(params, seed):
+        keys = jax.random.split(jax.random.key(seed), n)
+        return jax.vmap(lambda key: simulate(process, params, target, key, detach=detach))(keys)
+
+    return run(params, seed)
+
+
+def evaluated(process, params, target, xs):
+    return jax.jit(jax.vmap(lambda x: evaluate(process, params, target, x)))(xs)
+
+
+def two_pass(divergence, process, params, paths, times=None):
+    return jax.jit(lambda p, t: two_pass_gradient(divergence, process, p, paths, t))(params, times)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 64])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_dis_on_its_own_prior_has_constant_weight(num_steps, scale):
+    target = gaussian(np.zeros(3), scale**2 * np.eye(3))
+    paths = batch(dis(STILL, 3, num_steps, scale), jnp.zeros(0), target, 0, 50)
+    np.testing.assert_allclose(paths.log_weight, 0.0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mean_weight_is_z_with_four_steps(name):
+    process, params = shaken(2, size=0.02)
+    weight = jnp.exp(batch(process, params, TARGETS[name](), 1, 40_000).log_weight)
+    assert float(jnp.std(weight)) > 0.1  # the process is wrong, so the check says something
+    assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(weight.size))
+
+
+def test_mean_weight_is_z_relative_to_a_constant():
+    process, params = shaken(2, size=0.02)
+    target = correlated()
+    lifted = target._replace(logdensity_fn=lambda x: target.logdensity_fn(x) + 3.0)
+    log_z, se = log_evidence(batch(process, params, lifted, 2, 20_000).log_weight)
+    assert_within(log_z, 3.0, se)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_evaluate_equals_simulate(detach):
+    process, params = shaken(2, num_steps=6)
+    path = batch(process, params, two_modes(), 3, 5, detach=detach)
+    again = evaluated(process, params, two_modes(), path.xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), path, again)
+
+
+def test_reevaluate_puts_other_parameters_on_a_path():
+    process, params = shaken(2)
+    paths = batch(process, params, two_modes(), 3, 5)
+    other = 1.1 * params
+    expected = evaluated(process, other, two_modes(), paths.xs)
+    found = jax.jit(jax.vmap(lambda path: reevaluate(process, other, path)))(paths)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected)
+
+
+def test_backward_paths_bound_the_evidence_from_above():
+    """E_Q[1/w] = 1/Z: the reverse identity, on paths that end in exact draws."""
+    process, params = shaken(2, size=0.05)
+    target = correlated()
+    keys = jax.random.split(jax.random.key(4), 20_000)
+    ends = target.sample(jax.random.key(5), keys.shape[0])
+    xs = jax.jit(jax.vmap(lambda key, x: noise_path(process, params, target, key, x)))(keys, ends)
+    log_weight = evaluated(process, params, target, xs).log_weight
+    assert float(jnp.mean(log_weight)) > 0.0
+    log_inverse, se = log_evidence(-log_weight)
+    assert_within(log_inverse, 0.0, se)
+
+
+def test_noise_paths_have_the_closed_form_marginals():
+    share = log_snr_grid(5)
+    target = gaussian(np.array([2.0]), np.eye(1))
+    process = dis(STILL, 1, 5)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    end = jnp.array([2.0])
+    xs = jax.jit(jax.vmap(lambda key: noise_path(process, jnp.zeros(0), target, key, end)))(keys)[..., 0]
+    for k in range(5):
+        sd = np.sqrt(1 - share[k])
+        assert_within(jnp.mean(xs[:, k]), 2.0 * np.sqrt(share[k]), sd / np.sqrt(keys.shape[0]))
+        assert_within(jnp.std(xs[:, k]), sd, sd / np.sqrt(2 * keys.shape[0]))
+
+
+@pytest.mark.parametrize("policy, clip", itertools.product(["on", "off"], [None, 2.0]))
+def test_two_pass_gradient_equals_autodiff(policy, clip):
+    process, params = shaken(2, num_steps=5)
+    target, divergence = two_modes(), log_variance(clip)
+    paths = batch(process, params, target, 6, 32)
+    if policy == "off":  # the same points under other parameters
+        params = 1.2 * params
+        paths = jax.vmap(lambda path: reevaluate(process, params, path))(paths)
+
+    def loss(params):
+        return divergence.value(jax.vmap(lambda path: reevaluate(process, params, path))(paths))
+
+    expected, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    value, found = two_pass(divergence, process, params, paths)
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
+    np.testing.assert_allclose(found, gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_two_pass_gradient_equals_autodiff_through_a_detached_simulation():
+    process, params = shaken(2, num_steps=5)
+    target, divergence = two_modes(), log_variance(None)
+    expected = jax.grad(lambda p: divergence.value(batch(process, p, target, 6, 32)))(params)
+    _, found = two_pass(divergence, process, params, batch(process, params, target, 6, 32))
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_subset_of_times_is_unbiased():
+    """The mean over all subsets of two of five times is the whole gradient, exactly."""
+    process, params = shaken(2, num_steps=5)
+    paths = batch(process, params, two_modes(), 7, 16)
+    _, whole = two_pass(log_variance(), process, params, paths)
+    subsets = jnp.array(list(itertools.combinations(range(5), 2)))
+    one = lambda times: two_pass_gradient(log_variance(), process, params, paths, times)[1]  # noqa: E731
+    gradients = jax.jit(jax.vmap(one))(subsets)
+    assert float(jnp.max(jnp.abs(gradients - whole))) > 1e-6
+    np.testing.assert_allclose(jnp.mean(gradients, 0), whole, rtol=1e-8, atol=1e-10)
+
+
+def test_log_variance_gradient_is_twice_that_of_kl():
+    """On policy, in expectation; tested at five standard errors on independent batches."""
+    process, params = shaken(2, num_steps=3)
+    target, direction = correlated(), jax.random.normal(jax.random.key(9), params.shape)
+
+    def slopes(seed):
+        paths = batch(process, params, target, seed, 64)
+        _, lv = two_pass_gradient(log_variance(None), process, params, paths)
+        klg = jax.grad(lambda p: kl().value(batch(process, p, target, seed, 64, detach=False)))(params)
+        return jnp.dot(lv - 2 * klg, direction)
+
+    found = jax.lax.map(slopes, jnp.arange(400))
+    assert_within(jnp.mean(found), 0.0, jnp.std(found) / np.sqrt(found.size))
+
+
+def test_log_variance_is_blind_to_constants_and_zero_at_the_optimum():
+    process, params = shaken(2)
+    paths = batch(process, params, correlated(), 8, 64)
+    shifted = paths._replace(log_target=paths.log_target + 17.0)
+    value = log_variance().value
+    np.testing.assert_allclose(value(paths), value(shifted), rtol=1e-10)
+    own = batch(dis(STILL, 2, 4), jnp.zeros(0), gaussian(np.zeros(2), np.eye(2)), 8, 64)
+    assert float(value(own)) < 1e-20
+
+
+def test_non_finite_paths_leave_no_trace_in_the_gradient():
+    process, params = shaken(2)
+    paths = batch(process, params, correlated(), 8, 20)
+    poisoned = jax.tree.map(lambda leaf: leaf.at[3].set(jnp.nan), paths)
+    without = jax.tree.map(lambda leaf: jnp.delete(leaf, 3, axis=0), paths)
+    found = two_pass(log_variance(), process, params, poisoned)
+    expected = two_pass(log_variance(), process, params, without)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_weights_agree_with_their_definitions():
+    weight = jnp.array([0.5, 2.0, 1.5, 0.0])
+    log_z, se = log_evidence(jnp.log(weight))
+    np.testing.assert_allclose(log_z, np.log(1.0))
+    np.testing.assert_allclose(se, np.std(weight, ddof=1) / 2)
+    np.testing.assert_allclose(ess_fraction(jnp.log(weight)), 16 / (4 * 6.5))
+    assert clean(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])).tolist() == [-jnp.inf, -jnp.inf, -jnp.inf, 1.0]
+    chosen = resample(jax.random.key(0), jnp.log(weight), 40_000)
+    share = jnp.bincount(chosen, length=4) / chosen.size
+    assert_within(share[:3], weight[:3] / 4, np.sqrt(weight[:3] / 4 * (1 - weight[:3] / 4) / chosen.size))
+    assert share[3] == 0
+
+
+def test_metropolis_detail():
+    current = jnp.array([0.0, 0.0, -jnp.inf, -jnp.inf, 0.0])
+    proposed = jnp.array([np.log(0.25), 2.0, -5.0, -jnp.inf, jnp.nan])
+    _, prob = metropolis(jax.random.key(0), current, proposed)
+    np.testing.assert_allclose(prob, [0.25, 1.0, 1.0, 0.0, 0.0])
+    accepts = jax.vmap(lambda key: metropolis(key, current, proposed)[0])(
+        jax.random.split(jax.random.key(1), 10_000)
+    )
+    assert_within(jnp.mean(accepts[:, 0]), 0.25, np.sqrt(0.25 * 0.75 / 10_000))
+    assert not jnp.any(accepts[:, 3:])
+
+
+def test_clear_errors():
+    process, params = shaken(2)
+    with pytest.raises(ValueError, match="`divergence` must be detached"):
+        two_pass_gradient(kl(), process, params, batch(process, params, correlated(), 0, 2))
+    with pytest.raises(ValueError, match="`num_steps` must be at least 1, got 0"):
+        dis(STILL, 2, 0)

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels accept and refuse: models, potentials, bad arguments, bad posteriors, ArviZ, DCC."""
+
+from functools import partial
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro.contrib.stochastic_support.dcc import DCC
+from numpyro.diagnostics import effective_sample_size
+from numpyro.handlers import reparam
+from numpyro.infer import MCMC, NUTS, Predictive
+from numpyro.infer.reparam import LocScaleReparam
+from scipy.stats import norm
+
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+
+KINDS = {
+    "dis": (LogVarianceDISKernel, {"num_steps": 4, "num_paths": 16, "num_times": 4}),
+    "sbtm": (SBTMKernel, {"num_particles": 64, "num_maps": 4, "num_updates": 1, "batch_size": 32}),
+}
+SMALL = {"width": 8, "block_size": 32, "precondition": None}
+
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind, model=None, potential_fn=None, **options):
+    cls, sizes = KINDS[kind]
+    return cls(model, potential_fn, **sizes, **SMALL | options)
+
+
+def run(kernel, *args, warmup=6, samples=20, fields=(), init_params=None, key=0, **options):
+    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=samples, progress_bar=False, **options)
+    mcmc.run(random.key(key), *args, extra_fields=fields, init_params=init_params)
+    return mcmc
+
+
+def error_of_mean(draws):
+    draws = np.asarray(draws)
+    return np.std(draws) / np.sqrt(effective_sample_size(draws[None]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Spend less on optimising programs that run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def normal():
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+# ------------------------------------------------------------------ models
+def supports(counts=None):
+    probs = numpyro.sample("probs", dist.Dirichlet(jnp.ones(3)))
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("pair", 2):
+        numpyro.sample("rate", dist.Beta(2.0, 3.0))
+    tril = numpyro.sample("tril", dist.LKJCholesky(3, 1.0))
+    numpyro.deterministic("cov", scale**2 * tril @ tril.T)
+    with numpyro.plate("rows", 4):
+        numpyro.sample("counts", dist.Multinomial(10, probs), obs=counts)
+
+
+COUNTS = np.array([[7, 2, 1], [6, 3, 1], [8, 1, 1], [7, 1, 2]])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def supported(request):
+    return run(make(request.param, supports), COUNTS, chain_method="vectorized", num_chains=2)
+
+
+def test_samples_lie_in_the_supports_of_their_sites(supported):
+    samples = {name: np.asarray(value) for name, value in supported.get_samples().items()}
+    assert {name: value.shape for name, value in samples.items()} == {
+        "probs": (40, 3),
+        "scale": (40,),
+        "rate": (40, 2),
+        "tril": (40, 3, 3),
+        "cov": (40, 3, 3),
+    }
+    for name, constraint in {
+        "probs": dist.constraints.simplex,
+        "scale": dist.constraints.positive,
+        "rate": dist.constraints.unit_interval,
+        "tril": dist.constraints.corr_cholesky,
+        "cov": dist.constraints.positive_definite,
+    }.items():
+        assert np.all(constraint(samples[name])), name
+    cov = samples["scale"][:, None, None] ** 2 * samples["tril"] @ np.swapaxes(samples["tril"], 1, 2)
+    np.testing.assert_allclose(samples["cov"], cov, rtol=1e-4, atol=1e-5)
+
+
+def test_predictive_takes_the_samples(supported):
+    predicted = Predictive(supports, supported.get_samples())(random.key(1))["counts"]
+    assert predicted.shape == (40, 4, 3)
+    assert np.all(np.sum(predicted, -1) == 10)
+
+
+def test_arviz_and_print_summary_read_the_run(supported, capsys):
+    data = az.from_numpyro(supported)
+    posterior, stats = data["posterior"], data["sample_stats"]
+    if int(az.__version__.split(".")[0]) >= 1:
+        posterior, stats = posterior.dataset, data["sample_stats"]
+    assert set(posterior.data_vars) == {"probs", "scale", "rate", "tril", "cov"}
+    assert posterior["rate"].dims == ("chain", "draw", "pair")
+    assert posterior["probs"].shape == (2, 20, 3)
+    if "diverging" in supported.get_extra_fields():
+        assert stats["diverging"].shape == (2, 20)
+    supported.print_summary()
+    printed = capsys.readouterr().out
+    assert "scale" in printed
+    assert "Number of divergences: 0" in printed
+    assert "cov" not in printed  # deterministic
+
+
+@both_kinds
+def test_enumerated_and_reparametrised_sites_give_the_exact_posterior(kind):
+    @partial(reparam, config={"theta": LocScaleReparam(0.0)})
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        theta = numpyro.sample("theta", dist.Normal(mu, 0.5))
+        shift = numpyro.sample("shift", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        numpyro.sample("y", dist.Normal(theta + 2.0 * shift, 1.0), obs=y)
+
+    y, variance = 1.5, 1.0 + 0.25  # of theta, before the data
+    weight = np.array([0.7, 0.3]) * norm.pdf(y, [0.0, 2.0], np.sqrt(variance + 1.0))
+    exact = np.sum(weight / weight.sum() * (y - np.array([0.0, 2.0])) * variance / (variance + 1.0))
+    mcmc = run(make(kind, model), y, warmup=20, samples=1500)
+    samples = mcmc.get_samples()
+    assert set(samples) == {"mu", "theta", "theta_decentered"}
+    error = error_of_mean(samples["theta"])
+    assert error < 0.1
+    assert abs(np.mean(samples["theta"]) - exact) < 5 * error
+
+
+@both_kinds
+def test_forward_mode_differentiates_while_loops(kind):
+    def model(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        # x doubled twice, in a way that reverse mode cannot differentiate
+        _, four_x = jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, 2.0 * c[1]), (0, x))
+        numpyro.sample("y", dist.Normal(four_x / 4.0, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        run(make(kind, model), 2.0)
+    x = run(make(kind, model, forward_mode_differentiation=True), 2.0, samples=1000).get_samples()["x"]
+    error = error_of_mean(x)
+    assert error < 0.1
+    assert abs(np.mean(x) - 1.0) < 5 * error
+
+
+def test_dcc_takes_the_kernel_for_stochastic_support():
+    def model():
+        branch = numpyro.sample("branch", dist.Bernoulli(0.5), infer={"branching": True})
+        name, loc = ("low", 0.0) if branch == 0 else ("high", 1.0)
+        mean = numpyro.sample(name, dist.Normal(loc, 1.0))
+        numpyro.sample("y", dist.Normal(mean, 1.0), obs=0.2)
+
+    dcc = DCC(
+        model,
+        mcmc_kwargs={"num_warmup": 6, "num_samples": 200, "progress_bar": False},
+        kernel_cls=partial(make, "sbtm"),
+        num_slp_samples=30,
+    )
+    result = dcc.run(random.key(0))
+    assert sorted(name for samples in result.samples.values() for name in samples) == ["high", "low"]
+    exact = norm.pdf(0.2, [0.0, 1.0], np.sqrt(2.0))
+    # 200 importance weights of DCC's own, whose relative standard deviation is below 1.5
+    error = 1.5 / np.sqrt(200)
+    assert abs(float(result.slp_weights["0"]) - exact[0] / exact.sum()) < 5 * error
+
+
+# ------------------------------------------------------------------ potential functions
+POTENTIALS = {
+    # chains, init_params without the chain axis
+    "array": (1, np.zeros(2)),
+    "dict": (2, {"a": np.zeros(2), "b": np.ones((2, 3))}),
+}
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("dis", "dict"), ("sbtm", "array")])
+def test_potential_functions_of_any_pytree(kind, shape):
+    def potential(z):
+        return sum(jnp.sum((leaf - 1.0) ** 2) for leaf in jax.tree.leaves(z))
+
+    chains, one = POTENTIALS[shape]
+    init = one if chains == 1 else jax.tree.map(lambda leaf: np.stack([leaf] * chains), one)
+    kernel = make(kind, potential_fn=potential)
+    mcmc = run(
+        kernel,
+        init_params=init,
+        num_chains=chains,
+        chain_method="vectorized",
+        warmup=20,
+        samples=400,
+        fields=("potential_energy",),
+    )
+    draws = mcmc.get_samples()
+    assert jax.tree.structure(draws) == jax.tree.structure(one)
+    jax.tree.map(lambda d, leaf: np.testing.assert_equal(d.shape, (chains * 400, *leaf.shape)), draws, one)
+    energy = mcmc.get_extra_fields()["potential_energy"]
+    np.testing.assert_allclose(energy, jax.vmap(potential)(draws), rtol=1e-4, atol=1e-5)
+    first = np.asarray(jax.tree.leaves(mcmc.get_samples(group_by_chain=True))[0])
+    first = first.reshape(chains, 400, -1)[..., 0] if chains > 1 else first.reshape(1, -1, 2)[..., 0]
+    error = np.std(first) / np.sqrt(effective_sample_size(first))
+    assert error < 0.25
+    assert abs(first.mean() - 1.0) < 5 * error
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("init_params", "message"),
+    [
+        (None, "`init_params` must be provided with `potential_fn`"),
+        ({}, "`init_params` is empty"),
+        (np.zeros(1), "`potential_fn` must be finite at `init_params`"),
+    ],
+)
+def test_potential_functions_need_a_finite_start(kind, init_params, message):
+    kernel = make(kind, potential_fn=lambda z: jnp.sum(1.0 / z))
+    with pytest.raises(ValueError, match=message):
+        run(kernel, init_params=init_params)
+
+
+# ------------------------------------------------------------------ refusals
+@both_kinds
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"potential_fn": jnp.sum}, ValueError, "Only one of `model` or `potential_fn`"),
+        ({"model": None}, ValueError, "Only one of `model` or `potential_fn`"),
+        ({"num_chain": 3}, TypeError, "unexpected keyword argument 'num_chain'"),
+        ({"precondition": "full"}, ValueError, "`precondition` must describe a whitening, got 'full'"),
+        ({"precondition": (np.zeros(2),)}, ValueError, "`precondition` must describe a whitening"),
+        ({"precondition": (np.zeros(2), np.eye(3))}, ValueError, r"shapes \(2,\) and \(3, 3\)"),
+        ({"precondition": (0.0, 1.0)}, ValueError, r"shapes \(\) and \(\)"),
+        ({"precondition": (np.zeros(2), np.ones((2, 2)))}, ValueError, "lower triangular"),
+        ({"precondition": (np.zeros(2), -np.eye(2))}, ValueError, "positive diagonal"),
+        ({"correction": "mh"}, ValueError, "`correction` must be 'metropolis' or None, got 'mh'"),
+        ({"block_size": 0}, ValueError, "`block_size` must be at least 1, got 0"),
+        ({"width": 0}, ValueError, "`width` must be positive, got 0"),
+        ({"learning_rate": -1.0}, ValueError, "`learning_rate` must be positive, got -1.0"),
+        ({"scale": float("nan")}, ValueError, "`scale` must be positive, got nan"),
+    ],
+)
+def test_constructors_refuse_bad_options(kind, options, error, message):
+    cls = KINDS[kind][0]
+    with pytest.raises(error, match=message):
+        cls(**{"model": normal} | options)
+
+
+def all_observed():
+    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
+
+
+def nan_data():
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(mu, 1.0).mask(True), obs=jnp.array([0.0, jnp.nan]))
+
+
+def impossible():
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.factor("never", -jnp.inf)
+
+
+def discrete_without_enumeration():
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.sample("n", dist.Poisson(3.0))
+
+
+def delta():
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.sample("d", dist.Delta(1.0))
+
+
+def subsampled():
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", 4, subsample_size=2):
+        numpyro.sample("y", dist.Normal(mu, 1.0), obs=jnp.zeros(2))
+
+
+def pair():
+    numpyro.sample("a", dist.Normal(0.0, 1.0))
+    numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (all_observed, ValueError, "no continuous latent site"),
+        (nan_data, RuntimeError, "(?s)Cannot find valid initial parameters.*NaN"),
+        (impossible, RuntimeError, "(?s)Cannot find valid initial parameters.*init_strategy"),
+        (discrete_without_enumeration, RuntimeError, "does not have enumerate support"),
+        (delta, ValueError, "'d' has a delta distribution; use `numpyro.deterministic`"),
+        (subsampled, ValueError, "do not support subsampling"),
+    ],
+)
+def test_models_that_cannot_be_sampled_are_refused(kind, model, error, message):
+    with pytest.raises(error, match=message):
+        run(make(kind, model))
+
+
+@both_kinds
+def test_runs_refuse_what_does_not_fit_the_model(kind):
+    with pytest.raises(ValueError, match="`num_warmup` must be at least 1, got 0"):
+        run(make(kind, normal), warmup=0)
+    with pytest.raises(ValueError, match=r"`precondition` is for dimension 2, but .* dimension 1"):
+        run(make(kind, normal, precondition=(np.zeros(2), np.eye(2))))
+    start = {"a": np.zeros(()), "b": np.zeros(2)}
+    for wrong in ({**start, "b": np.zeros(3)}, {"a": start["a"]}, {**start, "c": np.zeros(())}):
+        with pytest.raises(ValueError, match="`init_params` must hold the unconstrained value of every"):
+            run(make(kind, pair), init_params=wrong)
+    with pytest.raises(ValueError, match="same leading dimension as `num_chains`"):
+        run(make(kind, normal), init_params={"x": np.zeros(3)}, num_chains=2, chain_method="vectorized")
+    with pytest.raises(RuntimeError, match="before `init`"):
+        make(kind, normal).sample(None, (), {})
+
+
+def test_sizes_are_checked_against_the_model():
+    with pytest.raises(ValueError, match="`num_particles` must exceed the dimension 3 by two or more"):
+        run(make("sbtm", pair, num_particles=4))
+    with pytest.raises(ValueError, match="`num_paths` must be at least 2"):
+        run(make("dis", pair, num_paths=1))
+
+
+@both_kinds
+def test_init_params_are_the_first_position(kind):
+    kernel = make(kind, pair)
+    start = {"a": np.array([3.0, -3.0]), "b": np.array([[1.0, 2.0], [3.0, 4.0]])}
+    state = kernel.init(random.split(random.key(0), 2), 6, start)
+    jax.tree.map(np.testing.assert_array_equal, state.z, start)
+
+
+def test_report_refuses_other_kernels_and_unfinished_runs():
+    with pytest.raises(TypeError, match="got NUTS"):
+        report(MCMC(NUTS(normal), num_warmup=1, num_samples=1, progress_bar=False))
+    with pytest.raises(RuntimeError, match="has not been run"):
+        report(MCMC(make("dis", normal), num_warmup=1, num_samples=1, progress_bar=False))
+
+
+# ------------------------------------------------------------------ bad posteriors
+@both_kinds
+def test_an_improper_posterior_is_not_called_reliable(kind):
+    def model():
+        numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (2,)))
+
+    mcmc = run(make(kind, model), warmup=50, samples=200)
+    assert np.all(np.isfinite(mcmc.get_samples()["x"]))
+    assert report(mcmc, num_proposals=1000).verdict != "reliable"
+
+
+@both_kinds
+def test_undefined_densities_are_never_accepted_and_counted(kind):
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.factor("hole", jnp.where(x > 1.0, jnp.nan, 0.0))
+
+    mcmc = run(make(kind, model), samples=300)
+    x = np.asarray(mcmc.get_samples()["x"])
+    diverging = np.asarray(mcmc.get_extra_fields()["diverging"])
+    assert np.all(np.isfinite(x))
+    assert np.all(x <= 1.0)
+    assert diverging.sum() > 0
+    assert mcmc.last_state.nonfinite_proposals == diverging.sum()
+    found = report(mcmc, num_proposals=1000)
+    assert found.nonfinite_proposals == diverging.sum()
+    assert 0 < np.mean(~np.isfinite(found.log_weight)) < 1
+    assert found.verdict != "reliable"
+    assert np.isfinite(found.log_evidence)

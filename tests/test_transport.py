@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flow that score-based transport leaves behind, the whitening map, and score matching."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from helpers import assert_within, correlated, two_modes
+from numpyro_sbtm.core import sbtm
+from numpyro_sbtm.core.precondition import Whitening, fit, unwhiten, whiten
+from numpyro_sbtm.core.sbtm import push
+from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
+from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.core.transport import euler_map, log_abs_det, spectral_norm
+from numpyro_sbtm.core.weights import log_evidence
+from numpyro_sbtm.networks import score_mlp
+from numpyro_sbtm.targets import gaussian
+
+pytestmark = pytest.mark.usefixtures("x64")
+NET = score_mlp(width=16)
+
+
+def trained(target, steps=12, **options):
+    sizes = {"num_particles": 512, "num_maps": 6, "steps_per_map": 2, "num_updates": 4, "batch_size": 256}
+    algorithm = sbtm(target, NET, optax.adam(5e-3), **(sizes | options))
+    state = algorithm.init(jax.random.key(0))
+    state, info = jax.jit(
+        lambda state: jax.lax.scan(
+            lambda s, key: algorithm.step(key, s), state, jax.random.split(jax.random.key(1), steps)
+        )
+    )(state)
+    return algorithm, state, jax.tree.map(lambda leaf: leaf[-1], info)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    """A flow trained on two modes, in float64: algorithm, state, and the composed map."""
+    jax.config.update("jax_enable_x64", True)
+    algorithm, state, _ = trained(two_modes(), scale=1.5)
+    return algorithm, state, jax.jit(jax.vmap(lambda x, maps: push(NET, maps, x), in_axes=(0, None)))
+
+
+def test_log_det_of_the_flow_equals_autodiff_of_the_composed_map(flow):
+    _, state, composed = flow
+    assert float(jnp.max(jnp.abs(state.maps.params))) > 0.05
+    x = jax.random.normal(jax.random.key(1), (20, 2))
+    _, log_det, stretch = composed(x, state.maps)
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda y: push(NET, state.maps, y)[0])))(x)
+    sign, expected = jnp.linalg.slogdet(jacobian)
+    assert jnp.all(stretch < 1) and jnp.all(sign == 1)
+    np.testing.assert_allclose(log_det, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_the_inverse_exists_where_it_is_claimed(flow):
+    """Each map is undone by fixed-point iteration, which converges where h Lip(v) < 1."""
+    _, state, composed = flow
+    x = jax.random.normal(jax.random.key(1), (200, 2))
+    y, _, stretch = composed(x, state.maps)
+    assert jnp.all(stretch < 1)
+
+    @jax.jit
+    def undo(y, one):
+        move = jax.vmap(lambda p: push(NET, one, p)[0] - p)
+        return jax.lax.fori_loop(0, 200, lambda _, found: y - move(found), y)
+
+    for k in reversed(range(6)):
+        y = undo(y, jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], state.maps))
+    np.testing.assert_allclose(y, x, atol=1e-9)
+
+
+def test_fresh_draws_have_mean_weight_z(flow):
+    algorithm, state, _ = flow
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(3), state, 20_000)
+    assert bool(jnp.all(draws.one_to_one))
+    log_z, se = log_evidence(draws.log_weight)
+    assert se > 1e-3
+    assert_within(log_z, 0.0, se)
+
+
+def test_untrained_flow_is_the_identity():
+    algorithm = sbtm(correlated(), NET, optax.adam(1e-3), num_particles=64, num_maps=3)
+    state = algorithm.init(jax.random.key(0))
+    x = jnp.array([0.3, -2.0])
+    np.testing.assert_array_equal(push(NET, state.maps, x)[0], x)
+
+
+def test_gaussians_need_no_network():
+    """The affine part of the velocity is the exact Gaussian flow: variances follow their equation."""
+    target = gaussian(np.zeros(2), np.diag([0.25, 4.0]))
+    algorithm, state, _ = trained(
+        target, steps=100, num_maps=100, steps_per_map=1, num_updates=1, num_particles=20_000, duration=2.0
+    )
+    variance = np.ones(2)
+    for _ in range(100):  # x ↦ (1 + h (1/V - 1/v)) x
+        variance = variance * (1 + 0.02 * (1 / variance - 1 / np.array([0.25, 4.0]))) ** 2
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, 20_000)
+    found = draws.x.var(0)
+    np.testing.assert_allclose(found, variance, rtol=0.05)
+
+
+def test_steps_shrink_so_that_maps_stay_one_to_one():
+    stiff = gaussian(np.zeros(2), np.diag([1.0, 1e-3]))
+    _, state, _ = trained(stiff)
+    steps = state.maps.step_size
+    assert jnp.all(steps > 0) and jnp.all(steps < 1.0e-2)  # not the 0.33 of `duration / num_maps`
+
+
+def test_steps_after_the_last_map_change_nothing():
+    algorithm, state, _ = trained(correlated())
+    after, info = jax.jit(algorithm.step)(jax.random.key(5), state)
+    assert jnp.isnan(info.loss) and info.gradients == 0
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), after._replace(step=state.step), state)
+    assert all(jax.tree.leaves(same))
+
+
+def test_non_finite_gradients_are_skipped_and_counted():
+    target = Target(lambda x: jnp.sum(jnp.where(x > 1.0, jnp.nan, -0.5 * x**2)), 2)
+    algorithm, state, _ = trained(target)
+    leaves = jax.tree.leaves((state.particles, state.maps))
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
+    broken = state._replace(scores=jnp.full_like(state.scores, jnp.nan), step=jnp.zeros((), jnp.int32))
+    after, info = jax.jit(algorithm.step)(jax.random.key(0), broken)
+    assert info.skipped == 4
+    np.testing.assert_array_equal(after.current.params, broken.current.params)
+
+
+def test_log_abs_det_and_spectral_norm_agree_with_linear_algebra():
+    matrices = 0.15 * jax.random.normal(jax.random.key(0), (20, 6, 6))
+    whole = jnp.eye(6) + matrices
+    np.testing.assert_allclose(jax.vmap(log_abs_det)(whole), jnp.linalg.slogdet(whole)[1], rtol=1e-9)
+    norms = jax.vmap(lambda m: spectral_norm(m, 300))(matrices)
+    np.testing.assert_allclose(norms, jnp.linalg.norm(matrices, 2, axis=(1, 2)), rtol=1e-3)
+
+
+def test_euler_map_has_first_order():
+    """Halving the step halves the distance from the exact flow x ↦ x exp(-t)."""
+
+    def error(n):
+        step = lambda _, x: euler_map(lambda y: -y, jnp.array(1.0 / n), x)[0]  # noqa: E731
+        return float(jnp.abs(jax.lax.fori_loop(0, n, step, jnp.ones(1)) - jnp.exp(-1.0))[0])
+
+    assert 1.9 < error(50) / error(100) < 2.1
+
+
+def test_divergence_estimate_is_unbiased():
+    def field(x):
+        return jnp.stack([jnp.sin(x[0] * x[1]), x[0] ** 2 + x[1] * x[2], x[2] * x[1]])
+
+    x = jnp.array([0.3, -1.2, 0.7])
+    exact = divergence_of(field, x, None)
+    keys = jax.random.split(jax.random.key(0), 5000)
+    found = jax.vmap(lambda key: divergence_of(field, x, key))(keys)
+    assert_within(jnp.mean(found), exact, jnp.std(found) / np.sqrt(5000))
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_score_loss_is_least_at_the_particles_score(dim):
+    """For particles N(0, I) and target N(0, I/2) the optimum is v = -x, with loss -E|v|² = -dim."""
+    x = jax.random.normal(jax.random.key(0), (200_000, dim))
+    loss = lambda a: implicit_score_loss(lambda y: -a * y, x, -2.0 * x, jax.random.key(1))  # noqa: E731
+    values = np.array([loss(a) for a in (0.8, 1.0, 1.2)])
+    assert values.argmin() == 1
+    np.testing.assert_allclose(values[1], -dim, rtol=0.05)
+
+
+def random_whitening(dim, seed=0, strength=1.0):
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    vector = lambda size: strength * size * jax.random.normal(next(keys), (dim,))  # noqa: E731
+    matrix = lambda size: strength * size * jax.random.normal(next(keys), (dim, dim))  # noqa: E731
+    return Whitening(
+        order=jax.random.permutation(next(keys), dim),
+        loc=vector(1.0),
+        scale_tril=jnp.tril(matrix(0.5), -1) + jnp.eye(dim),
+        log_scale_slope=jnp.tril(matrix(0.4), -1),
+        shift_slope=jnp.tril(matrix(0.4), -1),
+        shift=vector(0.5),
+        precision=jnp.exp(vector(1.0)),
+        skew=vector(0.3),
+        tail=strength * jnp.linspace(-0.3, 0.3, dim),
+    )
+
+
+def test_whitening_log_det_equals_autodiff():
+    whitening = random_whitening(4)
+    u = jax.random.normal(jax.random.key(1), (20, 4))
+    _, log_det = jax.jit(jax.vmap(lambda v: unwhiten(whitening, v)))(u)
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda v: unwhiten(whitening, v)[0])))(u)
+    np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-10)
+
+
+def test_whitening_keeps_the_integral():
+    target = correlated()
+    whitened = whiten(target, random_whitening(2, strength=0.3))
+    u = 2.0 * jax.random.normal(jax.random.key(0), (100_000, 2))
+    proposal = gaussian(np.zeros(2), 4.0 * np.eye(2))
+    log_weight = jax.vmap(whitened.logdensity_fn)(u) - jax.vmap(proposal.logdensity_fn)(u)
+    log_z, se = log_evidence(log_weight)
+    assert 1e-3 < se < 0.02
+    assert_within(log_z, 0.0, se)
+
+
+def test_the_fit_straightens_a_funnel_given_its_order():
+    """Neal's funnel, sd 1.5, with the scale last: in the right order it is inside the family of maps."""
+
+    def funnel(x):
+        v, y = x[-1], x[:-1]
+        return -0.5 * (v / 1.5) ** 2 - 0.5 * jnp.sum(y**2) * jnp.exp(-v) - 0.5 * y.size * v
+
+    target = Target(funnel, 4)
+    starts = jax.random.normal(jax.random.key(0), (4, 4))
+    whitening = jax.jit(lambda key: fit(key, target, starts, jnp.array([3, 0, 1, 2])))(jax.random.key(1))
+    u = jax.random.normal(jax.random.key(2), (5000, 4))
+    log_weight = jax.vmap(whiten(target, whitening).logdensity_fn)(u) + 0.5 * jnp.sum(u**2, -1)
+    assert float(jnp.std(log_weight)) < 0.5  # the best affine map leaves more than 2
+
+
+def test_the_fit_covers_modes_that_lie_apart():
+    target = gaussian(np.zeros(2), np.eye(2))
+    apart = lambda x: jnp.logaddexp(target.logdensity_fn(x - 8.0), target.logdensity_fn(x + 8.0))  # noqa: E731
+    starts = jnp.array([[7.0, 9.0], [-8.0, -7.0], [9.0, 8.0], [-7.0, -9.0]])
+    run = jax.jit(lambda key: fit(key, Target(apart, 2), starts, jnp.arange(2), num_steps=300))
+    whitening = run(jax.random.key(0))
+    inverse = jnp.linalg.inv(whitening.scale_tril)
+    for mode in (8.0, -8.0):
+        assert jnp.linalg.norm(inverse @ (jnp.full(2, mode) - whitening.loc)) < 3.0
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="`num_particles` must exceed the dimension"):
+        sbtm(correlated(), NET, optax.sgd(1.0), num_particles=3)
+    with pytest.raises(ValueError, match="`max_stretch` must lie between 0 and 1"):
+        sbtm(correlated(), NET, optax.sgd(1.0), max_stretch=1.5)
