@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from helpers import STILL, assert_within, correlated, shaken, two_modes
+
 from numpyro_sbtm.core import dis, evaluate, kl, log_variance, noise_path, simulate, two_pass_gradient
 from numpyro_sbtm.core.path import reevaluate
 from numpyro_sbtm.core.process import log_snr_grid

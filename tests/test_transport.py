@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from helpers import assert_within, correlated, two_modes
+
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.precondition import Whitening, fit, unwhiten, whiten
 from numpyro_sbtm.core.sbtm import push
