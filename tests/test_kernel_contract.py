@@ -3,7 +3,6 @@
 
 from functools import partial
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +30,7 @@ both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 def make(kind, model=None, potential_fn=None, **options):
     cls, sizes = KINDS[kind]
-    return cls(model, potential_fn, **sizes, **SMALL | options)
+    return cls(model, potential_fn, **sizes | SMALL | options)
 
 
 def run(kernel, *args, warmup=6, samples=20, fields=(), init_params=None, key=0, **options):
@@ -72,9 +71,9 @@ def supports(counts=None):
 COUNTS = np.array([[7, 2, 1], [6, 3, 1], [8, 1, 1], [7, 1, 2]])
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def supported(request):
-    return run(make(request.param, supports), COUNTS, chain_method="vectorized", num_chains=2)
+@pytest.fixture(scope="module")
+def supported():
+    return run(make("sbtm", supports), COUNTS, chain_method="vectorized", num_chains=2)
 
 
 def test_samples_lie_in_the_supports_of_their_sites(supported):
@@ -104,7 +103,11 @@ def test_predictive_takes_the_samples(supported):
     assert np.all(np.sum(predicted, -1) == 10)
 
 
+@pytest.mark.filterwarnings(r"ignore:\s*ArviZ is undergoing a major refactor:FutureWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # constant entries
 def test_arviz_and_print_summary_read_the_run(supported, capsys):
+    import arviz as az  # warns, once a day
+
     data = az.from_numpyro(supported)
     posterior, stats = data["posterior"], data["sample_stats"]
     if int(az.__version__.split(".")[0]) >= 1:
@@ -263,7 +266,7 @@ def all_observed():
 
 def nan_data():
     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
-    numpyro.sample("y", dist.Normal(mu, 1.0).mask(True), obs=jnp.array([0.0, jnp.nan]))
+    numpyro.sample("y", dist.Normal(mu, 1.0), obs=jnp.array([0.0, jnp.nan]))
 
 
 def impossible():
@@ -293,6 +296,7 @@ def pair():
 
 
 @both_kinds
+@pytest.mark.filterwarnings("ignore:Out-of-support values:UserWarning")  # NumPyro's, for NaN
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [

@@ -232,7 +232,7 @@ def test_pickled_runs_and_kernels_go_on(trained):
 @both_kinds
 def test_jitted_arguments_give_each_data_set_its_posterior(kind):
     kernel = make(kind, model, learning_rate=1e-2)
-    mcmc = MCMC(kernel, num_warmup=100, num_samples=1000, progress_bar=True, jit_model_args=True)
+    mcmc = MCMC(kernel, num_warmup=100, num_samples=4000, progress_bar=True, jit_model_args=True)
     for seed, y in enumerate(([2.0], [-1.0])):
         y = np.array(y, np.float32)
         mcmc.run(random.key(seed), y)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A badly trained sampler costs acceptance, never correctness; and the test that says so can fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC
+
+from helpers import correlated, two_modes
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+
+KERNELS = {
+    "dis": lambda potential, **options: LogVarianceDISKernel(
+        None, potential, num_steps=8, num_paths=64, num_times=8, precondition=None, **options
+    ),
+    "sbtm": lambda potential, **options: SBTMKernel(
+        None, potential, num_particles=512, batch_size=256, precondition=None, **options
+    ),
+}
+TARGETS = {"correlated": correlated, "two_modes": two_modes}
+
+
+def largest_z_score(x, target):
+    """Compare means, second moments and the share of x_0 > 0 with exact draws; in standard errors."""
+    truth = np.asarray(target.sample(jax.random.key(99), 1_000_000), float)
+    features = lambda x: np.concatenate([x, x**2, x[..., :1] > 0.0], -1)  # noqa: E731
+    found, true = features(np.asarray(x, float)), features(truth)
+    ess = effective_sample_size(found)
+    error = np.sqrt(true.var(0) / ess + true.var(0) / len(true))
+    return np.abs((found.mean((0, 1)) - true.mean(0)) / error).max()
+
+
+def run(kernel, target, correction, num_samples=5000):
+    make = KERNELS[kernel]
+    sampler = make(lambda x: -target.logdensity_fn(x), correction=correction, scale=2.0)
+    mcmc = MCMC(
+        sampler,
+        num_warmup=5,
+        num_samples=num_samples,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(0), init_params=jnp.zeros((4, 2)))
+    return mcmc
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_barely_trained_chains_are_exact(kernel, name):
+    target = TARGETS[name]()
+    mcmc = run(kernel, target, "metropolis")
+    assert float(np.mean(mcmc.last_state.mean_accept_prob)) < 0.8  # the proposal is wrong
+    assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
+    found = report(mcmc)
+    assert abs(found.log_evidence) < 5.0 * found.log_evidence_se
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_the_correction_the_same_test_fails(kernel):
+    target = two_modes()
+    mcmc = run(kernel, target, None)
+    assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) > 5.0
+    found = report(mcmc)
+    assert found.verdict != "reliable" and "UNCORRECTED" in str(found)
