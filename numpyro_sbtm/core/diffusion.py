@@ -59,7 +59,7 @@ def diffusion(
         num_paths: paths per step.
         num_times: how many of the T times enter each gradient, drawn anew for each update; None for all.
         num_updates: updates per step; more than one needs a detached divergence.
-        average_decay: decay of the moving average of the parameters, per update.
+        average_decay: decay of the moving average of the parameters, per update; less in the first steps.
 
     Returns:
         The algorithm. A step costs ``num_paths (T+1)`` target gradients.
@@ -98,10 +98,12 @@ def diffusion(
         params = net.init(key, target.dim)
         return DiffusionState(jnp.zeros((), jnp.int32), params, params, optimiser.init(params))
 
-    def update(carry, gradient):  # type: ignore[no-untyped-def]
+    def update(carry, gradient, step):  # type: ignore[no-untyped-def]
         params, average, opt_state = carry
         params, opt_state, skipped = guarded_update(optimiser, gradient, opt_state, params)
-        average = optax.incremental_update(params, average, 1.0 - average_decay)
+        # the window grows with the steps done: a short training must not average with its start
+        decay = jnp.minimum(average_decay, (1.0 + step) / (10.0 + step))
+        average = optax.incremental_update(params, average, 1.0 - decay)
         return (params, average, opt_state), skipped
 
     def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
@@ -118,7 +120,7 @@ def diffusion(
                 if num_updates > 1:
                     here = jax.vmap(lambda path: reevaluate(process, carry[0], path))(paths)
                 loss, gradient = two_pass_gradient(divergence, process, carry[0], here, times)
-                carry, skipped = update(carry, gradient)
+                carry, skipped = update(carry, gradient, state.step)
                 return carry, (loss, skipped)
 
             carry, (losses, skips) = jax.lax.scan(one, carry, jax.random.split(key_times, num_updates))
@@ -127,7 +129,7 @@ def diffusion(
             loss, gradient = jax.value_and_grad(
                 lambda params: divergence.value(batch(params, key_paths, num_paths, detach=False))
             )(state.params)
-            carry, skip = update(carry, gradient)
+            carry, skip = update(carry, gradient, state.step)
             skipped = skip.astype(jnp.int32)
         gradients = jnp.asarray(num_paths * (num_steps + 1), jnp.int32)
         return DiffusionState(state.step + 1, *carry), Info(loss, skipped, gradients)
