@@ -55,6 +55,7 @@ class LearnedKernel(MCMCKernel):
         correction: str | None,
         shared: bool,
         block_size: int,
+        steps_per_draw: int,
         forward_mode_differentiation: bool,
         init_strategy: Callable[..., Any],
     ) -> None:
@@ -66,14 +67,16 @@ class LearnedKernel(MCMCKernel):
                 "of the learned sampler, which are not exact."
             )
         _check_precondition(precondition)
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+        for name, value in {"block_size": block_size, "steps_per_draw": steps_per_draw}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         self._model = model
         self._potential_fn = potential_fn
         self._precondition = precondition
         self._correction = correction
         self._shared = shared
         self._block_size = block_size
+        self._steps_per_draw = steps_per_draw
         self._forward_mode = forward_mode_differentiation
         self._init_strategy = init_strategy
         self._ensemble = False
@@ -170,7 +173,7 @@ class LearnedKernel(MCMCKernel):
     def sample(
         self, state: KernelState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
     ) -> KernelState:
-        """Do one training step in warm-up, one Metropolis step with a fresh proposal after it."""
+        """Do one training step in warm-up; after it, one draw by Metropolis steps with fresh proposals."""
         if self._sample_fn is None:
             raise RuntimeError("`sample` was called before `init`.")
         return self._sample_fn(state, model_args, model_kwargs)
@@ -279,6 +282,7 @@ class LearnedKernel(MCMCKernel):
             precondition=self._precondition,
             corrected=self._correction is not None,
             block_size=self._block_size,
+            steps_per_draw=self._steps_per_draw,
             forward_mode=self._forward_mode,
         )
         self._sample_fn, self._propose_fn = chain.sample, chain.propose

@@ -64,14 +64,14 @@ A NamedTuple with the fields
  - **z** - unconstrained values of the latent sites.
  - **potential_energy** - minus the log density of ``z``.
  - **log_weight** - log of unnormalised target over proposal, of the current state.
- - **accept_prob** - acceptance probability of the last proposal.
+ - **accept_prob** - mean acceptance probability of the last draw's proposals.
  - **mean_accept_prob** - its mean since the end of warm-up.
- - **diverging** - whether the last proposal had a non-finite weight; it is never accepted.
- - **nonfinite_proposals** - how many had since the end of warm-up.
+ - **diverging** - whether a proposal of the last draw had a non-finite weight; such are never accepted.
+ - **nonfinite_proposals** - how many proposals had since the end of warm-up.
  - **starts** - points from which the whitening is fitted.
  - **training** - whitening, trained parameters, loss of every warm-up step, updates skipped because
    their gradient was not finite, and target gradients spent.
- - **block** - fresh proposals, consumed one a step.
+ - **block** - fresh proposals, some consumed for every draw.
  - **rng_key** - random key.
 """
 
@@ -101,6 +101,7 @@ def learned_chain(
     precondition: Precondition,
     corrected: bool,
     block_size: int,
+    steps_per_draw: int,
     forward_mode: bool,
 ) -> LearnedChain:
     """Tie an algorithm to a posterior and to Metropolis chains.
@@ -115,6 +116,7 @@ def learned_chain(
         precondition: how to whiten.
         corrected: whether a Metropolis step corrects the proposals.
         block_size: about how many proposals to make at a time.
+        steps_per_draw: Metropolis steps, each with its own proposal, per draw.
         forward_mode: differentiate the model in forward mode.
 
     Returns:
@@ -123,7 +125,9 @@ def learned_chain(
     dim = problem.starts.shape[1]
     dtype = problem.starts.dtype
     num_chains = chains[0] if chains else 1
-    rounds = max(1, block_size // num_chains)
+    rounds = max(1, block_size // (num_chains * steps_per_draw))
+    size = rounds * steps_per_draw * num_chains
+    shape = (rounds, steps_per_draw, *chains)
 
     def target_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Target:
         return Target(logdensity(problem, args, kwargs, forward_mode), dim)
@@ -187,8 +191,8 @@ def learned_chain(
 
         def refill(k: Int[Array, ""], blocks: tuple[Proposals, Proposals]) -> tuple[Proposals, Proposals]:
             key = jax.random.fold_in(key_block, k)
-            flat = propose(key, state.training, rounds * num_chains, args, kwargs)
-            new = jax.tree.map(lambda leaf: leaf.reshape(rounds, *chains, *leaf.shape[1:]), flat)
+            flat = propose(key, state.training, size, args, kwargs)
+            new = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
             return new, blocks[0]
 
         # at the first draw two blocks: one for the chains' first states, one for what is proposed
@@ -196,7 +200,7 @@ def learned_chain(
         block, seeds = jax.lax.fori_loop(0, times, refill, (state.block, state.block))
 
         def first() -> tuple[Float[Array, "*c d"], Float[Array, "*c"], Float[Array, "*c"]]:
-            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(chains) + 1 :]), seeds)
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(shape) :]), seeds)
             weight = clean(flat.log_weight)
             chosen = resample(key_start, weight, num_chains).reshape(chains)
             alive = jnp.isfinite(weight[chosen])
@@ -210,20 +214,36 @@ def learned_chain(
         x, log_weight, energy = jax.lax.cond(
             drawn == 0, first, lambda: (x, state.log_weight, state.potential_energy)
         )
-        proposal = jax.tree.map(lambda leaf: leaf[drawn % rounds], block)
-        finite = jnp.isfinite(proposal.log_weight)
-        accept, accept_prob = metropolis(key_accept, log_weight, proposal.log_weight)
-        if not corrected:
-            accept = finite
-        mean = state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / (drawn + 1)
+        proposals = jax.tree.map(lambda leaf: leaf[drawn % rounds], block)
+        finite = jnp.isfinite(proposals.log_weight)
+
+        def metropolis_step(carry, inputs):  # type: ignore[no-untyped-def]
+            x, log_weight, energy = carry
+            key, proposal = inputs
+            accept, accept_prob = metropolis(key, log_weight, proposal.log_weight)
+            if not corrected:
+                accept = jnp.isfinite(proposal.log_weight)
+            carry = (
+                jnp.where(accept[..., None], proposal.x, x),
+                jnp.where(accept, proposal.log_weight, log_weight),
+                jnp.where(accept, proposal.potential_energy, energy),
+            )
+            return carry, accept_prob
+
+        (x, log_weight, energy), accept_probs = jax.lax.scan(
+            metropolis_step,
+            (x, log_weight, energy),
+            (jax.random.split(key_accept, steps_per_draw), proposals),
+        )
+        accept_prob = jnp.mean(accept_probs, 0)
         return state._replace(
-            z=unravel_chains(jnp.where(accept[..., None], proposal.x, x)),
-            potential_energy=jnp.where(accept, proposal.potential_energy, energy),
-            log_weight=jnp.where(accept, proposal.log_weight, log_weight),
+            z=unravel_chains(x),
+            potential_energy=energy,
+            log_weight=log_weight,
             accept_prob=accept_prob,
-            mean_accept_prob=mean,
-            diverging=~finite,
-            nonfinite_proposals=state.nonfinite_proposals + ~finite,
+            mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / (drawn + 1),
+            diverging=jnp.any(~finite, 0),
+            nonfinite_proposals=state.nonfinite_proposals + jnp.sum(~finite, 0),
             block=block,
             rng_key=rng_key,
         )
@@ -250,11 +270,11 @@ def learned_chain(
         # the first warm-up step fills these; only their shapes are needed before
         training = jax.eval_shape(lambda: start(key, target, problem.starts))
         block = jax.eval_shape(
-            lambda training: propose(key, training, rounds * num_chains, model_args, model_kwargs),
+            lambda training: propose(key, training, size, model_args, model_kwargs),
             training,
         )
         training = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), training)
-        block = jax.tree.map(lambda leaf: jnp.zeros((rounds, *chains, *leaf.shape[1:]), leaf.dtype), block)
+        block = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), block)
         blank = jnp.zeros(chains, dtype)
         return KernelState(
             i=jnp.zeros((), jnp.int32),

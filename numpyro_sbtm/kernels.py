@@ -23,12 +23,14 @@ _COMMON = """
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
             map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of
             the flattened unconstrained space, sites in sorted order; None leaves the space as it is.
-        correction: 'metropolis' makes every draw a Metropolis step, so that the chains leave the
+        correction: 'metropolis' makes draws by Metropolis steps, so that the chains leave the
             posterior invariant, however well or badly the sampler is trained. None returns raw draws.
         shared: whether chains of ``chain_method="vectorized"`` share one trained sampler; False trains
             one for each, as "sequential" and "parallel" always do. Chains that share a sampler share
             what it misses: R-hat cannot see a mode that is never proposed.
         block_size: about how many proposals are made at a time.
+        steps_per_draw: Metropolis steps per draw. A proposal is cheap beside training, and a few of them
+            keep a chain from lingering where its weight is large.
         forward_mode_differentiation: differentiate the model in forward mode, for ``while_loop``.
         init_strategy: one of NumPyro's initialisation strategies.
 """
@@ -38,8 +40,8 @@ class LogVarianceDISKernel(LearnedKernel):
     __doc__ = f"""Learned diffusion that carries noise to the posterior, as a NumPyro kernel.
 
     A time-reversed diffusion (DIS) with exact Ornstein-Uhlenbeck steps is trained in warm-up by the
-    log-variance divergence; ``num_warmup`` counts training steps. After warm-up every step proposes the
-    end of a fresh path and accepts it with its exact path weight.
+    log-variance divergence; ``num_warmup`` counts training steps. After warm-up every Metropolis step
+    proposes the end of a fresh path and accepts it with its exact path weight.
 
     Args:
         model: a NumPyro model.
@@ -87,7 +89,8 @@ class LogVarianceDISKernel(LearnedKernel):
         precondition: Precondition = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
-        block_size: int = 1024,
+        block_size: int = 4096,
+        steps_per_draw: int = 4,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
@@ -98,6 +101,7 @@ class LogVarianceDISKernel(LearnedKernel):
             correction=correction,
             shared=shared,
             block_size=block_size,
+            steps_per_draw=steps_per_draw,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
@@ -123,8 +127,8 @@ class SBTMKernel(LearnedKernel):
 
     In warm-up particles move by ``dx/dt = ∇log π(x) - s(x)`` while a network learns their score s;
     ``num_warmup`` counts training steps, divided evenly between the maps. The maps are kept: after
-    warm-up every step proposes a fresh point that has passed through all of them, and accepts it with its
-    exact weight.
+    warm-up every Metropolis step proposes a fresh point that has passed through all of them, and accepts
+    it with its exact weight.
 
     Args:
         model: a NumPyro model.
@@ -176,7 +180,8 @@ class SBTMKernel(LearnedKernel):
         precondition: Precondition = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
-        block_size: int = 1024,
+        block_size: int = 4096,
+        steps_per_draw: int = 4,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
@@ -187,6 +192,7 @@ class SBTMKernel(LearnedKernel):
             correction=correction,
             shared=shared,
             block_size=block_size,
+            steps_per_draw=steps_per_draw,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
