@@ -243,7 +243,7 @@ def learned_chain(
             accept_prob=accept_prob,
             mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / (drawn + 1),
             diverging=jnp.any(~finite, 0),
-            nonfinite_proposals=state.nonfinite_proposals + jnp.sum(~finite, 0),
+            nonfinite_proposals=state.nonfinite_proposals + jnp.sum(~finite, 0, dtype=jnp.int32),
             block=block,
             rng_key=rng_key,
         )
