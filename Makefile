@@ -18,7 +18,7 @@ demo: env
 	$(BIN)/python examples/eight_schools.py --output out
 
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

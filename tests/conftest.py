@@ -15,3 +15,10 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Free each file's compiled programs: a process that keeps them all runs out of memory mappings."""
+    yield
+    jax.clear_caches()
