@@ -72,7 +72,7 @@ def implicit_score_loss(
         >>> from numpyro_sbtm.core.score import implicit_score_loss
         >>> x = jax.random.normal(jax.random.key(0), (100_000, 2))  # score -x; target N(0, I/2)
         >>> round(float(implicit_score_loss(lambda x: -x, x, -2 * x, jax.random.key(1))), 1)
-        2.0
+        -2.0
     """
     if particles.shape[1] <= _EXACT_UP_TO:
         divergence = jax.vmap(lambda x: divergence_of(velocity, x, None))(particles)
