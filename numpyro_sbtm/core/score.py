@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning the score of particles from the particles alone."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_sbtm.core.target import Key
+from numpyro_sbtm.core.target import Key, VectorField
 
 __all__ = ["divergence_of", "implicit_score_loss"]
 
 _EXACT_UP_TO = 3  # dimension up to which d Jacobian-vector products are cheaper than a noisy one
 
-Field = Callable[[Float[Array, " d"]], Float[Array, " d"]]
 
-
-def divergence_of(field: Field, x: Float[Array, " d"], key: Key | None) -> Float[Array, ""]:
+def divergence_of(field: VectorField, x: Float[Array, " d"], key: Key | None) -> Float[Array, ""]:
     """Compute the divergence ∇·s of a vector field at one point.
 
     Args:
@@ -41,7 +37,7 @@ def divergence_of(field: Field, x: Float[Array, " d"], key: Key | None) -> Float
 
 
 def implicit_score_loss(
-    velocity: Field, particles: Float[Array, "n d"], scores: Float[Array, "n d"], key: Key
+    velocity: VectorField, particles: Float[Array, "n d"], scores: Float[Array, "n d"], key: Key
 ) -> Float[Array, ""]:
     """Compute the implicit score matching loss of s = g - v, for the velocity v = g - s.
 

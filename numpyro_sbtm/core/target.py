@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-__all__ = ["Key", "LogDensity", "Params", "Target", "value_and_score"]
+__all__ = ["Key", "LogDensity", "Params", "Target", "VectorField", "value_and_score"]
 
 Key = PRNGKeyArray | Shaped[Array, "2"]
 """One JAX random key, typed (``jax.random.key``) or legacy (``jax.random.PRNGKey``)."""
@@ -17,6 +17,10 @@ Params = Any
 
 LogDensity = Callable[[Float[Array, " d"]], Float[Array, ""]]
 """An unnormalised log density of one point of R^d."""
+
+
+VectorField = Callable[[Float[Array, " d"]], Float[Array, " d"]]
+"""A vector field on R^d, at one point."""
 
 
 class Target(NamedTuple):

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deterministic maps x ↦ x + h v(x), with their log-determinant."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["euler_map", "log_abs_det", "spectral_norm"]
+from numpyro_sbtm.core.target import VectorField
 
-Field = Callable[[Float[Array, " d"]], Float[Array, " d"]]
+__all__ = ["euler_map", "log_abs_det", "spectral_norm"]
 
 
 def log_abs_det(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
@@ -63,7 +61,7 @@ def spectral_norm(matrix: Float[Array, "d d"], num_iterations: int = 12) -> Floa
 
 
 def euler_map(
-    velocity: Field, step_size: Float[Array, ""], x: Float[Array, " d"]
+    velocity: VectorField, step_size: Float[Array, ""], x: Float[Array, " d"]
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]:
     """Move one point by x ↦ x + h v(x) and compute what that does to a density there.
 
