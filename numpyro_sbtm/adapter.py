@@ -2,6 +2,8 @@
 """What every kernel shares: NumPyro's contract, driven by a `LearnedChain`. No mathematics."""
 
 import copy
+import gc
+import operator
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.util import is_prng_key
+from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_sbtm.chain import KernelState, Precondition, Proposals, learned_chain
+from numpyro_sbtm.chain import KernelState, Precondition, Proposals, WarmStart, learned_chain
 from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.model import from_model, from_potential
 
 __all__ = ["LearnedKernel"]
 
 _NUM_STARTS = 8
+_MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room for another run
 
 
 def _check_precondition(precondition: Precondition) -> None:
@@ -40,6 +45,23 @@ def _check_precondition(precondition: Precondition) -> None:
         )
 
 
+def _spare_memory_mappings() -> None:
+    """Drop JAX's compiled programs when they have used most of the memory mappings a process may have.
+
+    On Linux, XLA's CPU client takes some thousand mappings for every large program, NumPyro keeps the
+    programs of all past runs, and a process that runs out of mappings dies. What is still needed is
+    compiled again.
+    """
+    try:
+        with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
+            share = sum(1 for _ in maps) / int(limit.read())
+    except OSError:  # not Linux
+        return
+    if share > _MAX_MAPPINGS:
+        gc.collect()
+        jax.clear_caches()
+
+
 class LearnedKernel(MCMCKernel):
     """Everything but the choice of the algorithm. Abstract; the kernels below are final."""
 
@@ -56,6 +78,7 @@ class LearnedKernel(MCMCKernel):
         shared: bool,
         block_size: int,
         steps_per_draw: int,
+        local_kernel: str | None,
         forward_mode_differentiation: bool,
         init_strategy: Callable[..., Any],
     ) -> None:
@@ -65,6 +88,11 @@ class LearnedKernel(MCMCKernel):
             raise ValueError(
                 f"`correction` must be 'metropolis' or None, got {correction!r}. None returns raw draws "
                 "of the learned sampler, which are not exact."
+            )
+        if local_kernel is not None and local_kernel not in LOCAL_KERNELS:
+            raise ValueError(
+                f"`local_kernel` must be one of {', '.join(map(repr, LOCAL_KERNELS))} or None, got "
+                f"{local_kernel!r}."
             )
         _check_precondition(precondition)
         for name, value in {"block_size": block_size, "steps_per_draw": steps_per_draw}.items():
@@ -77,6 +105,7 @@ class LearnedKernel(MCMCKernel):
         self._shared = shared
         self._block_size = block_size
         self._steps_per_draw = steps_per_draw
+        self._local_kernel = local_kernel
         self._forward_mode = forward_mode_differentiation
         self._init_strategy = init_strategy
         self._ensemble = False
@@ -86,10 +115,11 @@ class LearnedKernel(MCMCKernel):
         self._sample_fn: Callable[..., KernelState] | None = None
         self._propose_fn: Callable[..., Proposals] | None = None
         self._postprocess_gen: Callable[..., Any] | None = None
+        self._structure: tuple[list[Any], int, bool] | None = None
 
     @abstractmethod
-    def _algorithm(self, target: Target, num_warmup: int) -> Algorithm:
-        """Build the algorithm for a whitened target."""
+    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
+        """Build the algorithm for a whitened target and its warm start."""
 
     # ------------------------------------------------------------------ NumPyro's contract
     @property
@@ -140,6 +170,8 @@ class LearnedKernel(MCMCKernel):
                 "warm-up. To go on from a trained one, set `mcmc.post_warmup_state`."
             )
         kwargs = {} if model_kwargs is None else model_kwargs
+        if not_jax_tracer(rng_key):
+            _spare_memory_mappings()
         single = is_prng_key(rng_key)
         self._ensemble = not single and self._shared
         if single or self._shared:
@@ -203,7 +235,7 @@ class LearnedKernel(MCMCKernel):
                 "This kernel has not been set up: run `MCMC` with it first (after unpickling, once more)."
             )
         kwargs = {} if model_kwargs is None else model_kwargs
-        propose = jax.jit(self._propose_fn, static_argnums=2)
+        propose = self._propose_fn
         if is_prng_key(state.rng_key):
             return propose(rng_key, state.training, num_proposals, model_args, kwargs)
         keys = jax.random.split(rng_key, len(state.rng_key))
@@ -221,7 +253,12 @@ class LearnedKernel(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         # closures are rebuilt by the next `init`, which `MCMC` calls where it finds no `_sample_fn`
-        return self.__dict__ | {"_sample_fn": None, "_propose_fn": None, "_postprocess_gen": None}
+        return self.__dict__ | {
+            "_sample_fn": None,
+            "_propose_fn": None,
+            "_postprocess_gen": None,
+            "_structure": None,
+        }
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "LearnedKernel":
         """Return a copy of this kernel for another model."""
@@ -274,7 +311,7 @@ class LearnedKernel(MCMCKernel):
             )
         chain = learned_chain(
             problem,
-            lambda target: self._algorithm(target, num_warmup),
+            lambda target, warm: self._algorithm(target, warm, num_warmup),
             model_args,
             model_kwargs,
             num_warmup=num_warmup,
@@ -283,7 +320,31 @@ class LearnedKernel(MCMCKernel):
             corrected=self._correction is not None,
             block_size=self._block_size,
             steps_per_draw=self._steps_per_draw,
+            local=None if self._local_kernel is None else local_move(self._local_kernel),
             forward_mode=self._forward_mode,
         )
-        self._sample_fn, self._propose_fn = chain.sample, chain.propose
-        return chain.init(key_state)
+        self._sample_fn, self._propose_fn = chain.sample, jax.jit(chain.propose, static_argnums=2)
+        key_start, key_state = jax.random.split(key_state)
+        warm = chain.start(key_start)
+        return chain.init(key_state, self._simplify(warm, model_args, model_kwargs))
+
+    def _simplify(self, warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WarmStart:
+        """Drop the parts of a warm start that do nothing, for programs that are smaller and faster.
+
+        Chains that are set up one after the other follow the first, so that their states can be stacked.
+        """
+        reference, whitening = warm.reference, warm.whitening
+        if not not_jax_tracer(reference.log_weight) or whitening.margins is None:
+            return warm
+        data = jax.tree.leaves((args, kwargs))
+        before = self._structure
+        same = before is not None and len(before[0]) == len(data)
+        if before is None or not (same and all(map(operator.is_, before[0], data))):
+            num = int(np.sum(np.isfinite(reference.log_weight)))
+            before = data, num, bool(np.any(whitening.margins.slope != 1.0))
+            self._structure = before
+        _, num, margins = before
+        # a single component is N(0, I): see `warm_start`
+        reference = normal(reference.centre.shape[1]) if num == 1 else largest(reference, num)
+        whitening = whitening if margins else whitening._replace(margins=None)
+        return warm._replace(reference=reference, whitening=whitening)

@@ -10,22 +10,58 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm
-from numpyro_sbtm.core.precondition import Whitening, affine, fit, unwhiten, whiten
+from numpyro_sbtm.core.mixture import Mixture, normal
 from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.weights import clean, metropolis, resample
+from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
+from numpyro_sbtm.core.whitening import Whitening, affine, invert, unwhiten, whiten
+from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
+from numpyro_sbtm.warm_start import warm_start
 
-__all__ = ["KernelState", "LearnedChain", "Precondition", "Proposals", "Training", "learned_chain"]
+__all__ = [
+    "KernelState",
+    "LearnedChain",
+    "Precondition",
+    "Proposals",
+    "Training",
+    "WarmStart",
+    "learned_chain",
+]
 
 Precondition = str | tuple[Any, Any] | None
 """'auto', ``(loc, scale_tril)``, or None: see `numpyro_sbtm.kernels`."""
 
 
+_NUM_CHECKED = 1024  # draws that judge the warm start
+_NUM_KEPT = 1024  # points kept for training
+_NUM_ADAPTING = 128  # points that choose the step size of local moves
+
+
+class WarmStart(NamedTuple):
+    """What is known before training.
+
+    Attributes:
+        whitening: a map under which the posterior looks like N(0, I), or like ``reference``.
+        reference: a mixture that resembles the whitened posterior.
+        points: points that resemble whitened draws, or None, shape ``[m, d]``.
+        ess_fraction: effective sample fraction of draws from it.
+        step_size: of local moves.
+    """
+
+    whitening: Whitening
+    reference: Mixture
+    points: Float[Array, "m d"] | None
+    ess_fraction: Float[Array, ""]
+    step_size: Float[Array, ""]
+
+
 class Training(NamedTuple):
     """What warm-up learns; frozen afterwards."""
 
-    whitening: Whitening
+    warm: WarmStart
     algorithm: Any
+    finished: Bool[Array, ""]
+    num_steps: Int[Array, ""]
     loss: Float[Array, " num_warmup"]
     skipped_updates: Int[Array, ""]
     gradients: Int[Array, ""]
@@ -51,7 +87,6 @@ class KernelState(NamedTuple):
     mean_accept_prob: Float[Array, "*chains"]
     diverging: Bool[Array, "*chains"]
     nonfinite_proposals: Int[Array, "*chains"]
-    starts: Float[Array, "s d"]
     training: Training
     block: Proposals
     rng_key: Key
@@ -68,9 +103,9 @@ A NamedTuple with the fields
  - **mean_accept_prob** - its mean since the end of warm-up.
  - **diverging** - whether a proposal of the last draw had a non-finite weight; such are never accepted.
  - **nonfinite_proposals** - how many proposals had since the end of warm-up.
- - **starts** - points from which the whitening is fitted.
- - **training** - whitening, trained parameters, loss of every warm-up step, updates skipped because
-   their gradient was not finite, and target gradients spent.
+ - **training** - the warm start, trained parameters, whether training is finished and after how many
+   steps, loss of every warm-up step, updates skipped because their gradient was not finite, and target
+   gradients spent.
  - **block** - fresh proposals, some consumed for every draw.
  - **rng_key** - random key.
 """
@@ -80,19 +115,21 @@ class LearnedChain(NamedTuple):
     """Pure functions of a `KernelState`, for one trained sampler and the chains that share it.
 
     Attributes:
-        init: ``key -> state``; nothing is trained here.
+        start: ``key -> WarmStart``.
+        init: ``(key, warm start) -> state``; nothing is trained here.
         sample: ``(state, model_args, model_kwargs) -> state``; a training step or a draw.
         propose: ``(key, training, n, model_args, model_kwargs) -> Proposals`` of leading axis ``[n]``.
     """
 
-    init: Callable[[Key], KernelState]
+    start: Callable[[Key], WarmStart]
+    init: Callable[[Key, WarmStart], KernelState]
     sample: Callable[[KernelState, tuple[Any, ...], dict[str, Any]], KernelState]
     propose: Callable[[Key, Training, int, tuple[Any, ...], dict[str, Any]], Proposals]
 
 
 def learned_chain(
     problem: Problem,
-    make_algorithm: Callable[[Target], Algorithm],
+    make_algorithm: Callable[[Target, WarmStart], Algorithm],
     model_args: tuple[Any, ...],
     model_kwargs: dict[str, Any],
     *,
@@ -102,13 +139,14 @@ def learned_chain(
     corrected: bool,
     block_size: int,
     steps_per_draw: int,
+    local: LocalMove | None,
     forward_mode: bool,
 ) -> LearnedChain:
     """Tie an algorithm to a posterior and to Metropolis chains.
 
     Args:
         problem: the posterior; its positions have a leading axis of ``chains``, or of length one.
-        make_algorithm: from a whitened target to the algorithm.
+        make_algorithm: from a whitened target and its warm start to the algorithm.
         model_args: positional arguments of the model, for ``init``.
         model_kwargs: keyword arguments of the model, for ``init``.
         num_warmup: training steps.
@@ -117,6 +155,7 @@ def learned_chain(
         corrected: whether a Metropolis step corrects the proposals.
         block_size: about how many proposals to make at a time.
         steps_per_draw: Metropolis steps, each with its own proposal, per draw.
+        local: the local move after them, or None.
         forward_mode: differentiate the model in forward mode.
 
     Returns:
@@ -132,44 +171,56 @@ def learned_chain(
     def target_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Target:
         return Target(logdensity(problem, args, kwargs, forward_mode), dim)
 
-    def start(key: Key, target: Target, starts: Float[Array, "s d"]) -> Training:
-        key_fit, key_algorithm = jax.random.split(key)
+    def start(key: Key) -> WarmStart:
+        key_fit, key_check, key_adapt = jax.random.split(key, 3)
+        target = target_of(model_args, model_kwargs)
         if isinstance(precondition, str):
-            whitening = fit(key_fit, target, starts, jnp.asarray(problem.order))
-        elif precondition is None:
-            whitening = affine(jnp.zeros(dim, dtype), jnp.eye(dim, dtype=dtype))
+            whitening, reference, points = warm_start(
+                key_fit, target, problem.starts, problem.scouts, jnp.asarray(problem.order)
+            )
         else:
-            loc, scale_tril = (jnp.asarray(part, dtype) for part in precondition)
-            whitening = affine(loc, scale_tril)
-        state = make_algorithm(whiten(target, whitening)).init(key_algorithm)
-        zero = jnp.zeros((), jnp.int32)
-        return Training(whitening, state, jnp.full(num_warmup, jnp.nan, dtype), zero, zero)
+            loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
+            whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
+            reference = normal(dim)
+            points = jax.vmap(reference.sample)(jax.random.split(key_fit, _NUM_ADAPTING))
+        white = whiten(target, whitening)
+        draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
+        log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
+        step_size = jnp.zeros((), dtype)
+        if local is not None:
+            step_size = local.adapt(
+                key_adapt, white.logdensity_fn, points[:: max(1, len(points) // _NUM_ADAPTING)]
+            )
+        fraction = ess_fraction(clean(log_weight))
+        # neighbours among tempered particles descend from one another: take them evenly spaced
+        kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
+        return WarmStart(whitening, reference, kept, fraction.astype(dtype), step_size.astype(dtype))
+
+    def algorithm_of(warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Algorithm:
+        return make_algorithm(whiten(target_of(args, kwargs), warm.whitening), warm)
 
     def train(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
-        target = target_of(args, kwargs)
-        rng_key, key_start, key_step = jax.random.split(state.rng_key, 3)
-        training = jax.lax.cond(
-            state.i == 0,
-            lambda: start(key_start, target, state.starts),
-            lambda: state.training,
-        )
-        algorithm = make_algorithm(whiten(target, training.whitening))
-        trained, info = algorithm.step(key_step, training.algorithm)
-        training = Training(
-            training.whitening,
-            trained,
-            training.loss.at[state.i].set(info.loss.astype(dtype)),
-            training.skipped_updates + info.skipped,
-            training.gradients + info.gradients,
-        )
+        rng_key, key_step = jax.random.split(state.rng_key)
+
+        def work(training: Training) -> Training:
+            trained, info = algorithm_of(training.warm, args, kwargs).step(key_step, training.algorithm)
+            return training._replace(
+                algorithm=trained,
+                finished=info.finished,
+                num_steps=training.num_steps + 1,
+                loss=training.loss.at[state.i].set(info.loss.astype(dtype)),
+                skipped_updates=training.skipped_updates + info.skipped,
+                gradients=training.gradients + info.gradients,
+            )
+
+        training = jax.lax.cond(state.training.finished, lambda training: training, work, state.training)
         return state._replace(training=training, rng_key=rng_key)
 
     def propose(
         key: Key, training: Training, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Proposals:
-        target = whiten(target_of(args, kwargs), training.whitening)
-        draws = make_algorithm(target).draw(key, training.algorithm, n)
-        x, log_det = jax.vmap(lambda u: unwhiten(training.whitening, u))(draws.x)
+        draws = algorithm_of(training.warm, args, kwargs).draw(key, training.algorithm, n)
+        x, log_det = jax.vmap(lambda u: unwhiten(training.warm.whitening, u))(draws.x)
         usable = jnp.isfinite(draws.log_weight) & jnp.all(jnp.isfinite(x), -1)
         return Proposals(
             x,
@@ -185,13 +236,37 @@ def learned_chain(
     def unravel_chains(x: Float[Array, "*c d"]) -> Any:
         return jax.vmap(problem.unravel)(x) if chains else problem.unravel(x)
 
+    def move(
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: Training,
+        key: Key,
+        x: Float[Array, " d"],
+        log_weight: Float[Array, ""],
+        energy: Float[Array, ""],
+    ) -> tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]:
+        """One local move of one chain, and the weight of where it arrives."""
+        assert local is not None
+        key_move, key_weight = jax.random.split(key)
+        warm = training.warm
+        logdensity_fn = whiten(target_of(args, kwargs), warm.whitening).logdensity_fn
+        u, value, _ = local.step(key_move, logdensity_fn, invert(warm.whitening, x)[0], warm.step_size)
+        fresh = algorithm_of(warm, args, kwargs).weigh(key_weight, training.algorithm, u)
+        moved, log_det = unwhiten(warm.whitening, u)
+        good = jnp.isfinite(fresh) & jnp.isfinite(value) & jnp.all(jnp.isfinite(moved))
+        return (
+            jnp.where(good, moved, x),
+            jnp.where(good, fresh, log_weight),
+            jnp.where(good, log_det - value, energy),
+        )
+
     def draw(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
-        rng_key, key_block, key_start, key_accept = jax.random.split(state.rng_key, 4)
-        drawn = state.i - num_warmup
+        rng_key, key_block, key_start, key_accept, key_local = jax.random.split(state.rng_key, 5)
+        training, drawn = state.training, state.i - num_warmup
 
         def refill(k: Int[Array, ""], blocks: tuple[Proposals, Proposals]) -> tuple[Proposals, Proposals]:
             key = jax.random.fold_in(key_block, k)
-            flat = propose(key, state.training, size, args, kwargs)
+            flat = propose(key, training, size, args, kwargs)
             new = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
             return new, blocks[0]
 
@@ -236,6 +311,11 @@ def learned_chain(
             (jax.random.split(key_accept, steps_per_draw), proposals),
         )
         accept_prob = jnp.mean(accept_probs, 0)
+        if local is not None and corrected:
+            one = lambda *state_of_one: move(args, kwargs, training, *state_of_one)  # noqa: E731
+            if chains:
+                one, key_local = jax.vmap(one), jax.random.split(key_local, num_chains)
+            x, log_weight, energy = one(key_local, x, log_weight, energy)
         return state._replace(
             z=unravel_chains(x),
             potential_energy=energy,
@@ -261,19 +341,24 @@ def learned_chain(
             **{name: jax.tree.map(same, getattr(new, name), getattr(state, name)) for name in typed}
         )
 
-    def init(key: Key) -> KernelState:
+    def init(key: Key, warm: WarmStart) -> KernelState:
         z = problem.positions
         energy = jax.vmap(problem.potential_gen(*model_args, **model_kwargs))(z)
         if not chains:
             z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
-        target = target_of(model_args, model_kwargs)
-        # the first warm-up step fills these; only their shapes are needed before
-        training = jax.eval_shape(lambda: start(key, target, problem.starts))
-        block = jax.eval_shape(
-            lambda training: propose(key, training, size, model_args, model_kwargs),
-            training,
+        key_algorithm, rng_key = jax.random.split(key)
+        zero = jnp.zeros((), jnp.int32)
+        training = Training(
+            warm=warm,
+            algorithm=jax.jit(algorithm_of(warm, model_args, model_kwargs).init)(key_algorithm),
+            finished=jnp.zeros((), bool),
+            num_steps=zero,
+            loss=jnp.full(num_warmup, jnp.nan, dtype),
+            skipped_updates=zero,
+            gradients=zero,
         )
-        training = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), training)
+        # filled at the first draw; only its shapes are needed before
+        block = jax.eval_shape(lambda: propose(key, training, size, model_args, model_kwargs))
         block = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), block)
         blank = jnp.zeros(chains, dtype)
         return KernelState(
@@ -285,10 +370,9 @@ def learned_chain(
             mean_accept_prob=blank,
             diverging=jnp.zeros(chains, bool),
             nonfinite_proposals=jnp.zeros(chains, jnp.int32),
-            starts=problem.starts,
             training=training,
             block=block,
-            rng_key=key,
+            rng_key=rng_key,
         )
 
-    return LearnedChain(init, sample, propose)
+    return LearnedChain(jax.jit(start), init, sample, propose)

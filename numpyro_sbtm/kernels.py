@@ -8,7 +8,7 @@ import optax
 from numpyro.infer import init_to_uniform
 
 from numpyro_sbtm.adapter import LearnedKernel
-from numpyro_sbtm.chain import Precondition
+from numpyro_sbtm.chain import Precondition, WarmStart
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.diffusion import diffusion
 from numpyro_sbtm.core.divergence import log_variance
@@ -31,6 +31,9 @@ _COMMON = """
         block_size: about how many proposals are made at a time.
         steps_per_draw: Metropolis steps per draw. A proposal is cheap beside training, and a few of them
             keep a chain from lingering where its weight is large.
+        local_kernel: a local move that ends every draw and leaves the posterior invariant: 'hmc' (8 leapfrog
+            steps), 'mala', 'nuts', or None. Proposals travel between modes; it repairs what they get
+            wrong within one.
         forward_mode_differentiation: differentiate the model in forward mode, for ``while_loop``.
         init_strategy: one of NumPyro's initialisation strategies.
 """
@@ -91,6 +94,7 @@ class LogVarianceDISKernel(LearnedKernel):
         shared: bool = True,
         block_size: int = 4096,
         steps_per_draw: int = 4,
+        local_kernel: str | None = "hmc",
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
@@ -102,6 +106,7 @@ class LogVarianceDISKernel(LearnedKernel):
             shared=shared,
             block_size=block_size,
             steps_per_draw=steps_per_draw,
+            local_kernel=local_kernel,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
@@ -114,12 +119,14 @@ class LogVarianceDISKernel(LearnedKernel):
         self._net = (width, depth)
         self._scale = scale
 
-    def _algorithm(self, target: Target, num_warmup: int) -> Algorithm:
-        net = denoiser(*self._net)
+    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
+        net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
         schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-        process = dis(net, target.dim, self._num_steps, self._scale)
-        return diffusion(target, process, net, log_variance(), optimiser, **self._sizes)
+        process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
+        return diffusion(
+            target, process, net, log_variance(), optimiser, endpoints=warm.points, **self._sizes
+        )
 
 
 class SBTMKernel(LearnedKernel):
@@ -142,7 +149,7 @@ class SBTMKernel(LearnedKernel):
         learning_rate: of Adam with weight decay.
         width: units of each hidden layer of the network.
         depth: number of its hidden layers.
-        scale: standard deviation of the particles' first law, in whitened units.
+        scale: standard deviation of the particles' first law, in whitened units, where that is N(0, I).
 {_COMMON.strip(chr(10))}
 
     Raises:
@@ -182,6 +189,7 @@ class SBTMKernel(LearnedKernel):
         shared: bool = True,
         block_size: int = 4096,
         steps_per_draw: int = 4,
+        local_kernel: str | None = "hmc",
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
@@ -193,6 +201,7 @@ class SBTMKernel(LearnedKernel):
             shared=shared,
             block_size=block_size,
             steps_per_draw=steps_per_draw,
+            local_kernel=local_kernel,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
@@ -215,8 +224,11 @@ class SBTMKernel(LearnedKernel):
         self._duration = duration
         self._scale = scale
 
-    def _algorithm(self, target: Target, num_warmup: int) -> Algorithm:
+    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         num_maps = min(self._num_maps, num_warmup)
+        # where the warm start had to look for the posterior's shape, it is not made wider
+        plain = len(warm.reference.log_weight) == 1 and warm.whitening.margins is None
+        scale = self._scale if plain else 1.0
         return sbtm(
             target,
             score_mlp(*self._net),
@@ -224,7 +236,7 @@ class SBTMKernel(LearnedKernel):
             num_maps=num_maps,
             steps_per_map=num_warmup // num_maps,
             duration=self._duration,
-            scale=self._scale,
+            base=warm.reference._replace(std=scale * warm.reference.std),
             **self._sizes,
         )
 

@@ -17,6 +17,7 @@ from numpyro_sbtm.core.target import Key, LogDensity
 
 __all__ = ["Problem", "from_model", "from_potential", "logdensity"]
 
+_NUM_SCOUTS = 128
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
 
@@ -29,6 +30,8 @@ class Problem(NamedTuple):
         postprocess_gen: ``(*model_args, **model_kwargs) -> (unconstrained -> sites)``.
         positions: valid unconstrained values, with a leading axis, one per chain.
         starts: points from which to look for the posterior's bulk, shape ``[s, d]``.
+        scouts: points that lie as widely as the posterior may, draws of the prior where there is one,
+            shape ``[m, d]``.
         order: the coordinates of R^d in the order of the model's trace, shape ``[d]``.
         unravel: from a point of R^d to unconstrained values.
     """
@@ -37,6 +40,7 @@ class Problem(NamedTuple):
     postprocess_gen: Callable[..., Callable[[Any], Any]]
     positions: Any
     starts: Float[Array, "s d"]
+    scouts: Float[Array, "m d"]
     order: np.ndarray
     unravel: Callable[[Float[Array, " d"]], Any]
 
@@ -118,9 +122,9 @@ def from_model(
     flat = _flat(values)
     starts = flat[num_chains : num_chains + half]
     try:
-        prior = _flat(initialise(key_prior, init_to_sample, half).param_info.z)
+        scouts = _flat(initialise(key_prior, init_to_sample, _NUM_SCOUTS).param_info.z)
     except RuntimeError:  # no prior draw has a finite density
-        prior = flat[num_chains + half :]
+        scouts = flat[num_chains + half :]
     positions = jax.tree.map(lambda leaf: leaf[:num_chains], values)
     if init_params is not None:
         expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
@@ -138,7 +142,8 @@ def from_model(
         info.potential_fn,
         info.postprocess_fn,
         positions,
-        jnp.concatenate([starts, prior]),
+        jnp.concatenate([starts, scouts[:half]]),
+        scouts,
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
     )
@@ -200,7 +205,7 @@ def from_potential(
         return potential_fn
 
     order = np.arange(flat.shape[1])
-    return Problem(potential_gen, identity_gen, positions, starts, order, unravel)
+    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel)
 
 
 def logdensity(

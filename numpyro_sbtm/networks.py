@@ -48,7 +48,7 @@ def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
 
 
 class _Denoiser(nnx.Module):
-    def __init__(self, dim: int, width: int, depth: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, dim: int, width: int, depth: int, num_components: int, rngs: nnx.Rngs) -> None:
         dtype = jnp.result_type(float)
         zero = nnx.initializers.zeros
         self.dim, self.width = dim, width
@@ -60,24 +60,25 @@ class _Denoiser(nnx.Module):
         self.shift = nnx.List(
             nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(depth - 1)
         )
-        self.out = nnx.Linear(width, 2 * dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
+        size = 2 * dim + num_components
+        self.out = nnx.Linear(width, size, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
         self.gate = nnx.Linear(width, 1, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
 
     def __call__(
         self, log_snr: Float[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
-    ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, ""]]:
+    ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, ""], Float[Array, " K"]]:
         frequencies = jnp.geomspace(0.1, 3.0, self.width // 2, dtype=x.dtype)
         angles = log_snr * frequencies
         time = nnx.gelu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
         hidden = nnx.gelu(self.x(jnp.concatenate([x, score])) + time)
         for layer, shift in zip(self.hidden, self.shift, strict=True):
             hidden = nnx.gelu(layer(hidden) + shift(time))
-        mean, log_var = jnp.split(self.out(hidden), 2)
-        return mean, 4.0 * jnp.tanh(log_var / 4.0), self.gate(time)[0]
+        mean, log_var, logits = jnp.split(self.out(hidden), [self.dim, 2 * self.dim])
+        return mean, 4.0 * jnp.tanh(log_var / 4.0), self.gate(time)[0], logits
 
 
-def denoiser(width: int = 64, depth: int = 2) -> Net:
-    """Make the network of `dis`: the end point's mean and log variance, and a gate for the score.
+def denoiser(width: int = 64, depth: int = 2, num_components: int = 1) -> Net:
+    """Make the network of `dis`: corrections to the end point's mean, log variance and component.
 
     A multilayer perceptron of the point and the score feature, shifted in every layer by an embedding of
     the log signal-to-noise ratio. That embedding does not depend on the point, so that a batch of points
@@ -86,20 +87,22 @@ def denoiser(width: int = 64, depth: int = 2) -> Net:
     Args:
         width: units of each hidden layer, an even number.
         depth: number of hidden layers.
+        num_components: components K of the reference.
 
     Returns:
-        A net whose ``apply(params, log_snr, x, score)`` gives ``(mean [d], log_var [d], gate [])``.
+        A net whose ``apply(params, log_snr, x, score)`` gives
+        ``(mean [d], log_var [d], gate [], logits [K])``.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.networks import denoiser
         >>> net = denoiser(width=8)
-        >>> mean, log_var, gate = net.apply(
+        >>> mean, log_var, gate, logits = net.apply(
         ...     net.init(jax.random.key(0), 3), jnp.array(0.5), jnp.ones(3), jnp.ones(3))
         >>> mean.tolist(), float(gate)
         ([0.0, 0.0, 0.0], 0.0)
     """
-    return _functional(lambda dim, rngs: _Denoiser(dim, width, depth, rngs))
+    return _functional(lambda dim, rngs: _Denoiser(dim, width, depth, num_components, rngs))
 
 
 class _ScoreMLP(nnx.Module):

@@ -79,7 +79,11 @@ class Report:
         log_evidence_se: its standard error.
         elbo: mean log weight, a lower bound of the log evidence in expectation.
         max_rhat: the largest split R-hat over sites; NaN with fewer than four draws.
-        training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``.
+        warm_start_ess_fraction: effective sample fraction of draws from the warm start, before training;
+            where it is near one, there was nothing to learn.
+        training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``;
+            NaN for steps that were not needed.
+        training_steps: warm-up steps after which training gained nothing more and stopped.
         skipped_updates: updates left out because their gradient was not finite.
         nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
         not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
@@ -97,7 +101,9 @@ class Report:
     log_evidence_se: float
     elbo: float
     max_rhat: float
+    warm_start_ess_fraction: float
     training: np.ndarray
+    training_steps: int
     skipped_updates: int
     nonfinite_proposals: int
     not_one_to_one: float
@@ -115,13 +121,15 @@ class Report:
             ("Pareto k-hat", f"{self.khat:.2f}"),
             ("acceptance rate", f"{self.acceptance:.3f}"),
             ("largest R-hat", f"{self.max_rhat:.3f}"),
+            ("warm start's effective fraction", f"{self.warm_start_ess_fraction:.3f}"),
+            ("training steps", f"{self.training_steps} of {self.training.shape[-1]}"),
             ("skipped updates", f"{self.skipped_updates}"),
             ("non-finite proposals", f"{self.nonfinite_proposals}"),
             ("target gradients in training", f"{self.gradients:,}"),
         ]
         if self.not_one_to_one > 0:
             rows.append(("maps perhaps not one-to-one", f"{self.not_one_to_one:.2%} of proposals"))
-        lines = [f"{name:<30}{value}" for name, value in rows]
+        lines = [f"{name:<33}{value}" for name, value in rows]
         return "\n".join([f"{self.verdict}: {self.advice}", *lines])
 
     def plot(self) -> "Figure":
@@ -210,7 +218,9 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         log_evidence_se=log_z_se,
         elbo=float(np.mean(np.asarray(log_weight)[finite])) if finite.any() else float("-inf"),
         max_rhat=max_rhat,
+        warm_start_ess_fraction=float(np.min(np.asarray(state.training.warm.ess_fraction))),
         training=np.asarray(state.training.loss),
+        training_steps=int(np.max(np.asarray(state.training.num_steps))),
         skipped_updates=int(np.sum(np.asarray(state.training.skipped_updates))),
         nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
         not_one_to_one=folded,

@@ -6,19 +6,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_sbtm.core import Net, dis
+from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian, gaussian_mixture
 
-STILL = Net(lambda key, dim: jnp.zeros(0), lambda params, t, x, score: (0 * x, 0 * x, jnp.zeros((), x.dtype)))
+STILL = Net(
+    lambda key, dim: jnp.zeros(0),
+    lambda params, t, x, score: (0 * x, 0 * x, jnp.zeros((), x.dtype), jnp.zeros(1, x.dtype)),
+)
 """A denoiser that has learned nothing: the process is its own time reversal."""
 
 
-def shaken(dim, num_steps=4, size=0.1, seed=0):
+def shaken(dim, num_steps=4, size=0.1, seed=0, reference=None):
     """A DIS process with a small network whose weights are all random, output layer included."""
-    net = denoiser(width=8)
+    net = denoiser(width=8, num_components=1 if reference is None else len(reference.log_weight))
     params = net.init(jax.random.key(seed), dim)
     noise = jax.random.normal(jax.random.key(seed + 1), params.shape, params.dtype)
-    return dis(net, dim, num_steps), params + size * noise
+    return dis(net, dim, num_steps, reference=reference), params + size * noise
+
+
+def three_components():
+    """A mixture of three correlated normal distributions on the plane, and a component that is not there."""
+    angle = jnp.array([0.3, 1.2, -0.5, 0.0])
+    turn = jnp.stack([jnp.cos(angle), -jnp.sin(angle), jnp.sin(angle), jnp.cos(angle)], -1).reshape(4, 2, 2)
+    centre = jnp.array([[0.0, 0.0], [1.5, -1.0], [-2.0, 0.5], [9.0, 9.0]])
+    std = jnp.array([[0.3, 0.7], [0.2, 0.2], [0.8, 0.1], [1.0, 1.0]])
+    return Mixture(jnp.log(jnp.array([0.5, 0.2, 0.3, 0.0])), turn, centre, std)
 
 
 def correlated():

@@ -6,13 +6,26 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import STILL, assert_within, correlated, shaken, two_modes
+from helpers import STILL, assert_within, correlated, shaken, three_components, two_modes
 
-from numpyro_sbtm.core import dis, evaluate, kl, log_variance, noise_path, simulate, two_pass_gradient
+from numpyro_sbtm.core import (
+    Net,
+    Target,
+    diffusion,
+    dis,
+    evaluate,
+    kl,
+    log_variance,
+    noise_path,
+    simulate,
+    two_pass_gradient,
+)
 from numpyro_sbtm.core.path import reevaluate
 from numpyro_sbtm.core.process import log_snr_grid
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, metropolis, resample
+from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -44,9 +57,21 @@ def test_dis_on_its_own_prior_has_constant_weight(num_steps, scale):
     np.testing.assert_allclose(paths.log_weight, 0.0, atol=1e-10)
 
 
+@pytest.mark.parametrize("num_steps", [1, 4, 64])
+def test_dis_on_its_reference_mixture_has_constant_weight(num_steps):
+    mixture = three_components()
+    still = Net(
+        STILL.init, lambda params, t, x, score: (*STILL.apply(params, t, x, score)[:3], jnp.zeros(4, x.dtype))
+    )
+    process = dis(still, 2, num_steps, scale=1.3, reference=mixture)
+    paths = batch(process, jnp.zeros(0), Target(mixture.log_prob, 2), 0, 50)
+    np.testing.assert_allclose(paths.log_weight, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("reference", [None, three_components])
 @pytest.mark.parametrize("name", TARGETS)
-def test_mean_weight_is_z_with_four_steps(name):
-    process, params = shaken(2, size=0.02)
+def test_mean_weight_is_z_with_four_steps(name, reference):
+    process, params = shaken(2, size=0.02, reference=reference and reference())
     weight = jnp.exp(batch(process, params, TARGETS[name](), 1, 40_000).log_weight)
     assert float(jnp.std(weight)) > 0.1  # the process is wrong, so the check says something
     assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(weight.size))
@@ -199,6 +224,36 @@ def test_metropolis_detail():
     )
     assert_within(jnp.mean(accepts[:, 0]), 0.25, np.sqrt(0.25 * 0.75 / 10_000))
     assert not jnp.any(accepts[:, 3:])
+
+
+def test_fresh_weights_of_exact_draws_have_inverse_mean_one_over_z():
+    """E[1 / w] = 1 / Z over draws of the target and backward paths: what a local move relies on."""
+    target, net = two_modes(), denoiser(width=8)
+    algorithm = diffusion(target, dis(net, 2, 4), net, log_variance(), optax.adam(1e-3), num_paths=8)
+    state = algorithm.init(jax.random.key(0))
+    state = state._replace(average=shaken(2, size=0.02)[1])
+    draws = target.sample(jax.random.key(1), 40_000)
+    keys = jax.random.split(jax.random.key(2), len(draws))
+    inverse = jnp.exp(-jax.jit(jax.vmap(lambda key, x: algorithm.weigh(key, state, x)))(keys, draws))
+    assert float(jnp.std(inverse)) > 0.1
+    assert_within(jnp.mean(inverse), 1.0, jnp.std(inverse) / np.sqrt(len(draws)))
+
+
+def test_training_stops_at_its_goal_and_not_before():
+    net = denoiser(width=8)
+
+    def finished(goal):
+        algorithm = diffusion(
+            gaussian(np.zeros(2), np.eye(2)), dis(net, 2, 4), net, log_variance(), optax.adam(1e-3),
+            num_paths=16, goal=goal,
+        )  # fmt: skip
+        step = lambda state, key: algorithm.step(key, state)  # noqa: E731
+        keys = jax.random.split(jax.random.key(1), 120)
+        return jax.jit(lambda: jax.lax.scan(step, algorithm.init(jax.random.key(0)), keys)[1].finished)()
+
+    found = np.asarray(finished(1e-3))  # the reference is the target: the loss is zero from the first step
+    assert not found[:99].any() and found[110:].all()
+    assert not np.asarray(finished(-1.0)).any()
 
 
 def test_clear_errors():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels accept and refuse: models, potentials, bad arguments, bad posteriors, ArviZ, DCC."""
 
+import os
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from numpyro.infer import MCMC, NUTS, Predictive
 from numpyro.infer.reparam import LocScaleReparam
 from scipy.stats import norm
 
-from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, adapter, report
 
 KINDS = {
     "dis": (LogVarianceDISKernel, {"num_steps": 4, "num_paths": 16, "num_times": 4}),
@@ -248,6 +249,7 @@ def test_potential_functions_need_a_finite_start(kind, init_params, message):
         ({"precondition": (np.zeros(2), np.ones((2, 2)))}, ValueError, "lower triangular"),
         ({"precondition": (np.zeros(2), -np.eye(2))}, ValueError, "positive diagonal"),
         ({"correction": "mh"}, ValueError, "`correction` must be 'metropolis' or None, got 'mh'"),
+        ({"local_kernel": "gibbs"}, ValueError, "`local_kernel` must be one of 'hmc', .* got 'gibbs'"),
         ({"block_size": 0}, ValueError, "`block_size` must be at least 1, got 0"),
         ({"width": 0}, ValueError, "`width` must be positive, got 0"),
         ({"learning_rate": -1.0}, ValueError, "`learning_rate` must be positive, got -1.0"),
@@ -342,6 +344,17 @@ def test_init_params_are_the_first_position(kind):
     start = {"a": np.array([3.0, -3.0]), "b": np.array([[1.0, 2.0], [3.0, 4.0]])}
     state = kernel.init(random.split(random.key(0), 2), 6, start)
     jax.tree.map(np.testing.assert_array_equal, state.z, start)
+
+
+def test_compiled_programs_are_dropped_before_memory_mappings_run_out(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: calls.append(1))
+    kernel = make("dis", normal)
+    kernel.init(random.key(0), 6)
+    assert not calls  # one run is far from the limit
+    monkeypatch.setattr(adapter, "_MAX_MAPPINGS", 0.0)
+    kernel.init(random.key(0), 6)
+    assert calls == [1] * os.path.exists("/proc/self/maps")
 
 
 def test_report_refuses_other_kernels_and_unfinished_runs():

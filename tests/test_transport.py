@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flow that score-based transport leaves behind, the whitening map, and score matching."""
+"""The flow that score-based transport leaves behind, and score matching."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ import pytest
 from helpers import assert_within, correlated, two_modes
 
 from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.precondition import Whitening, fit, unwhiten, whiten
-from numpyro_sbtm.core.sbtm import push
+from numpyro_sbtm.core.sbtm import pull, push
 from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
 from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.transport import euler_map, log_abs_det, spectral_norm
 from numpyro_sbtm.core.weights import log_evidence
 from numpyro_sbtm.networks import score_mlp
@@ -38,7 +38,7 @@ def trained(target, steps=12, **options):
 def flow():
     """A flow trained on two modes, in float64: algorithm, state, and the composed map."""
     jax.config.update("jax_enable_x64", True)
-    algorithm, state, _ = trained(two_modes(), scale=1.5)
+    algorithm, state, _ = trained(two_modes(), base=standard_normal(2, 1.5))
     return algorithm, state, jax.jit(jax.vmap(lambda x, maps: push(NET, maps, x), in_axes=(0, None)))
 
 
@@ -165,66 +165,26 @@ def test_score_loss_is_least_at_the_particles_score(dim):
     np.testing.assert_allclose(values[1], -dim, rtol=0.05)
 
 
-def random_whitening(dim, seed=0, strength=1.0):
-    keys = iter(jax.random.split(jax.random.key(seed), 8))
-    vector = lambda size: strength * size * jax.random.normal(next(keys), (dim,))  # noqa: E731
-    matrix = lambda size: strength * size * jax.random.normal(next(keys), (dim, dim))  # noqa: E731
-    return Whitening(
-        order=jax.random.permutation(next(keys), dim),
-        loc=vector(1.0),
-        scale_tril=jnp.tril(matrix(0.5), -1) + jnp.eye(dim),
-        log_scale_slope=jnp.tril(matrix(0.4), -1),
-        shift_slope=jnp.tril(matrix(0.4), -1),
-        shift=vector(0.5),
-        precision=jnp.exp(vector(1.0)),
-        skew=vector(0.3),
-        tail=strength * jnp.linspace(-0.3, 0.3, dim),
-    )
+def test_weights_of_given_points_are_those_of_draws(flow):
+    algorithm, state, _ = flow
+    draws = jax.jit(lambda: algorithm.draw(jax.random.key(3), state, 100))()
+    found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x)
+    assert int(jnp.argmin(state.divergence)) > 0
+    np.testing.assert_allclose(found, draws.log_weight, rtol=1e-9, atol=1e-9)
+    x = jax.random.normal(jax.random.key(1), (20, 2))
+    back, error = jax.vmap(lambda y: pull(NET, state.maps, push(NET, state.maps, y)[0]))(x)
+    np.testing.assert_allclose(back, x, atol=1e-9)
+    assert float(jnp.max(error)) < 1e-12
 
 
-def test_whitening_log_det_equals_autodiff():
-    whitening = random_whitening(4)
-    u = jax.random.normal(jax.random.key(1), (20, 4))
-    _, log_det = jax.jit(jax.vmap(lambda v: unwhiten(whitening, v)))(u)
-    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda v: unwhiten(whitening, v)[0])))(u)
-    np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-10)
-
-
-def test_whitening_keeps_the_integral():
-    target = correlated()
-    whitened = whiten(target, random_whitening(2, strength=0.3))
-    u = 2.0 * jax.random.normal(jax.random.key(0), (100_000, 2))
-    proposal = gaussian(np.zeros(2), 4.0 * np.eye(2))
-    log_weight = jax.vmap(whitened.logdensity_fn)(u) - jax.vmap(proposal.logdensity_fn)(u)
-    log_z, se = log_evidence(log_weight)
-    assert 1e-3 < se < 0.02
-    assert_within(log_z, 0.0, se)
-
-
-def test_the_fit_straightens_a_funnel_given_its_order():
-    """Neal's funnel, sd 1.5, with the scale last: in the right order it is inside the family of maps."""
-
-    def funnel(x):
-        v, y = x[-1], x[:-1]
-        return -0.5 * (v / 1.5) ** 2 - 0.5 * jnp.sum(y**2) * jnp.exp(-v) - 0.5 * y.size * v
-
-    target = Target(funnel, 4)
-    starts = jax.random.normal(jax.random.key(0), (4, 4))
-    whitening = jax.jit(lambda key: fit(key, target, starts, jnp.array([3, 0, 1, 2])))(jax.random.key(1))
-    u = jax.random.normal(jax.random.key(2), (5000, 4))
-    log_weight = jax.vmap(whiten(target, whitening).logdensity_fn)(u) + 0.5 * jnp.sum(u**2, -1)
-    assert float(jnp.std(log_weight)) < 0.5  # the best affine map leaves more than 2
-
-
-def test_the_fit_covers_modes_that_lie_apart():
-    target = gaussian(np.zeros(2), np.eye(2))
-    apart = lambda x: jnp.logaddexp(target.logdensity_fn(x - 8.0), target.logdensity_fn(x + 8.0))  # noqa: E731
-    starts = jnp.array([[7.0, 9.0], [-8.0, -7.0], [9.0, 8.0], [-7.0, -9.0]])
-    run = jax.jit(lambda key: fit(key, Target(apart, 2), starts, jnp.arange(2), num_steps=300))
-    whitening = run(jax.random.key(0))
-    inverse = jnp.linalg.inv(whitening.scale_tril)
-    for mode in (8.0, -8.0):
-        assert jnp.linalg.norm(inverse @ (jnp.full(2, mode) - whitening.loc)) < 3.0
+def test_draws_end_where_the_divergence_was_least(flow):
+    """With the first map declared the best, draws pass through it alone."""
+    algorithm, state, composed = flow
+    early = state._replace(divergence=jnp.arange(7.0).at[1].set(-1.0))
+    draws = jax.jit(lambda: algorithm.draw(jax.random.key(3), early, 50))()
+    start = jax.vmap(standard_normal(2, 1.5).sample)(jax.random.split(jax.random.key(3), 50))
+    first = jax.tree.map(lambda leaf: leaf[:1], state.maps)
+    np.testing.assert_allclose(draws.x, composed(start, first)[0], atol=1e-12)
 
 
 def test_clear_errors():

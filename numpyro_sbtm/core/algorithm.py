@@ -21,11 +21,13 @@ class Info(NamedTuple):
         loss: the training loss, shape ``[]``; NaN where it could not be computed.
         skipped: updates left out because their gradient was not finite, shape ``[]``.
         gradients: evaluations of the target's gradient, shape ``[]``.
+        finished: whether another step would gain nothing, shape ``[]``.
     """
 
     loss: Float[Array, ""]
     skipped: Int[Array, ""]
     gradients: Int[Array, ""]
+    finished: Bool[Array, ""]
 
 
 class Draws(NamedTuple):
@@ -52,11 +54,15 @@ class Algorithm(NamedTuple):
         init: ``key -> state``. Cheap: nothing is trained here.
         step: ``(key, state) -> (state, Info)``. One step of training or transport.
         draw: ``(key, state, n) -> Draws``. ``n`` fresh draws with exact weights; ``n`` is static.
+        weigh: ``(key, state, x) -> log_weight`` of a given point, shape ``[d]`` to shape ``[]``: of the
+            point itself, or of a fresh path that ends there. For a draw x of the target and this weight
+            the pair has the law that Metropolis steps leave invariant. NaN if it cannot be computed.
     """
 
     init: Callable[[Key], Any]
     step: Callable[[Key, Any], tuple[Any, Info]]
     draw: Callable[[Key, Any, int], Draws]
+    weigh: Callable[[Key, Any, Float[Array, " d"]], Float[Array, ""]]
 
 
 def guarded_update(

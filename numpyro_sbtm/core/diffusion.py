@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, two_pass_gradient
-from numpyro_sbtm.core.path import reevaluate, simulate
+from numpyro_sbtm.core.path import evaluate, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.process import Net, Process
 from numpyro_sbtm.core.target import Key, Params, Target
 
@@ -25,12 +25,23 @@ class DiffusionState(NamedTuple):
         params: parameters being trained.
         average: their moving average, which draws use.
         opt_state: state of the optimiser.
+        recent: moving average of the loss, each taken before the update on its own paths, shape ``[]``.
+        best: the lowest such average at which the loss was still falling, shape ``[]``.
+        stale: steps since then, shape ``[]``.
     """
 
     step: Int[Array, ""]
     params: Params
     average: Params
     opt_state: optax.OptState
+    recent: Float[Array, ""]
+    best: Float[Array, ""]
+    stale: Int[Array, ""]
+
+
+_MIN_STEPS = 100
+_WINDOW = 50  # of the moving average of the loss
+_LESS = 0.95  # a loss below this share of the best is falling
 
 
 def diffusion(
@@ -44,6 +55,11 @@ def diffusion(
     num_times: int | None = None,
     num_updates: int = 1,
     average_decay: float = 0.99,
+    goal: float = 0.03,
+    patience: int = 150,
+    good_enough: float = 0.25,
+    endpoints: Float[Array, "m d"] | None = None,
+    backward_share: float = 0.25,
 ) -> Algorithm:
     """Make the algorithm that trains a process by a divergence.
 
@@ -60,6 +76,14 @@ def diffusion(
         num_times: how many of the T times enter each gradient, drawn anew for each update; None for all.
         num_updates: updates per step; more than one needs a detached divergence.
         average_decay: decay of the moving average of the parameters, per update; less in the first steps.
+        goal: training is finished once the loss, on average over 50 steps, is below this; for log-variance
+            the effective sample fraction is then about ``exp(-goal)``.
+        patience: or once it has not fallen by a twentieth in so many steps,
+        good_enough: provided that it is below this.
+        endpoints: points that resemble draws of the target, shape ``[m, d]``. A detached divergence is then
+            also taken over paths that the backward chain makes from them, so that training sees what the
+            forward chain does not reach yet.
+        backward_share: share of such paths in a batch.
 
     Returns:
         The algorithm. A step costs ``num_paths (T+1)`` target gradients.
@@ -94,9 +118,21 @@ def diffusion(
         one = lambda k: simulate(process, params, target, k, detach=detach)  # noqa: E731
         return jax.vmap(one)(jax.random.split(key, n))
 
+    num_backward = 0 if endpoints is None else int(backward_share * num_paths)
+
+    def backward_batch(params: Params, key: Key):  # type: ignore[no-untyped-def]
+        assert endpoints is not None
+        key_ends, key_noise = jax.random.split(key)
+        ends = endpoints[jax.random.randint(key_ends, (num_backward,), 0, len(endpoints))]
+        xs = jax.vmap(lambda k, x: noise_path(process, params, target, k, x))(
+            jax.random.split(key_noise, num_backward), ends
+        )
+        return jax.vmap(lambda points: evaluate(process, params, target, points))(xs)
+
     def init(key: Key) -> DiffusionState:
         params = net.init(key, target.dim)
-        return DiffusionState(jnp.zeros((), jnp.int32), params, params, optimiser.init(params))
+        zero, far = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf)
+        return DiffusionState(zero, params, params, optimiser.init(params), far, far, zero)
 
     def update(carry, gradient, step):  # type: ignore[no-untyped-def]
         params, average, opt_state = carry
@@ -107,10 +143,14 @@ def diffusion(
         return (params, average, opt_state), skipped
 
     def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
-        key_paths, key_times = jax.random.split(key)
+        key_paths, key_back, key_times = jax.random.split(key, 3)
         carry = state.params, state.average, state.opt_state
         if divergence.detach:
-            paths = batch(state.params, key_paths, num_paths)
+            paths = batch(state.params, key_paths, num_paths - num_backward)
+            if num_backward:
+                paths = jax.tree.map(
+                    lambda a, b: jnp.concatenate([a, b]), paths, backward_batch(state.params, key_back)
+                )
 
             def one(carry, key_k):  # type: ignore[no-untyped-def]
                 times = None
@@ -132,10 +172,23 @@ def diffusion(
             carry, skip = update(carry, gradient, state.step)
             skipped = skip.astype(jnp.int32)
         gradients = jnp.asarray(num_paths * (num_steps + 1), jnp.int32)
-        return DiffusionState(state.step + 1, *carry), Info(loss, skipped, gradients)
+        past, window = state.recent, jnp.minimum(_WINDOW, state.step + 1)
+        recent = jnp.where(jnp.isfinite(past), past + (loss - past) / window, loss)
+        falling = recent < _LESS * state.best
+        stale = jnp.where(falling, 0, state.stale + 1)
+        finished = (recent < goal) | ((stale > patience) & (recent < good_enough))
+        best = jnp.where(falling & (state.step > _WINDOW), recent, state.best)
+        new = DiffusionState(
+            state.step + 1, *carry, recent.astype(past.dtype), best.astype(past.dtype), stale
+        )
+        return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
 
     def draw(key: Key, state: DiffusionState, n: int) -> Draws:
         paths = batch(state.average, key, n)
         return Draws(paths.xs[:, -1], paths.log_weight, paths.log_target, jnp.ones(n, bool))
 
-    return Algorithm(init, step, draw)
+    def weigh(key: Key, state: DiffusionState, x: Float[Array, " d"]) -> Float[Array, ""]:
+        xs = noise_path(process, state.average, target, key, x)
+        return evaluate(process, state.average, target, xs).log_weight
+
+    return Algorithm(init, step, draw, weigh)

@@ -12,12 +12,14 @@ so that with A_k = ∏_{j≥k} (1-α_j) and A_T = 1, x_k given x_T is N(√A_k x
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from numpyro_sbtm.core.mixture import Mixture, normal
 from numpyro_sbtm.core.target import Key, Params
-from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
+from numpyro_sbtm.core.transition import Gaussian, Transition
 
 __all__ = ["Net", "Process", "dis", "log_snr_grid"]
 
@@ -88,27 +90,38 @@ def log_snr_grid(num_steps: int, low: float = -6.0, high: float = 7.5) -> np.nda
     return np.append(1.0 / (1.0 + np.exp(-snr)), 1.0)
 
 
-def dis(net: Net, dim: int, num_steps: int = 32, scale: float = 1.0, score_clip: float = 3.0) -> Process:
+def dis(
+    net: Net,
+    dim: int,
+    num_steps: int = 32,
+    scale: float = 1.0,
+    score_clip: float = 3.0,
+    reference: Mixture | None = None,
+) -> Process:
     """Make a time-reversed diffusion sampler (DIS) with exact Ornstein-Uhlenbeck kernels.
 
-    The network predicts the mean D and the variance v of the end point x_T given x_k; then the step
-    that is exact for a Gaussian x_T is
+    The reference is a mixture of normal distributions Σ_c p_c N(μ_c, S_c), the best guess of the target.
+    If x_T had that law, x_T given x_k would be a mixture too, with weights p_c(x_k), means m_c(x_k) and
+    covariances V_c. A network corrects all three:
 
-        F_k(x' | x) = N(c_K D + c_x x, σ² α_k (1-A_{k+1})/(1-A_k) + c_K² v),
+        F_k(x' | x) = Σ_c softmax(log p_c(x) + l_c) N(c_K D_c + c_x x,
+                                                     σ² α_k (1-A_{k+1})/(1-A_k) I + c_K² V_c exp(r)),
         c_K = √A_{k+1} α_k / (1-A_k),      c_x = √(1-α_k) (1-A_{k+1}) / (1-A_k),
-        D   = √A_k x + σ (m + gate s̃),      v   = σ² (1-A_k) exp(r),
-        s̃   = clip(√A_k (1-A_k) (σ ∇log ρ(x) + x/σ), ±score_clip).
+        D_c = m_c(x) + σ √(1-A_k) (m + gate s̃),
+        s̃   = clip(√(A_k (1-A_k)) σ (∇log ρ(x) - ∇log reference(x)), ±score_clip).
 
-    With network outputs m = r = gate = 0 this is the exact time reversal for a target N(0, σ² I), at
-    every number of steps. The score enters relative to that reference, so it vanishes there too.
+    With network outputs l = m = r = gate = 0 this is the exact time reversal for the reference as target,
+    at every number of steps: all weights are then equal. The score enters relative to the reference's.
 
     Args:
-        net: ``apply(params, log_snr, x, s̃)`` returns ``(m, r, gate)`` of shapes ``[d]``, ``[d]``, ``[]``;
-            ``log_snr`` depends on the step alone.
+        net: ``apply(params, log_snr, x, s̃)`` returns ``(m, r, gate, l)`` of shapes ``[d]``, ``[d]``,
+            ``[]`` and ``[K]``; ``log_snr`` depends on the step alone. r is in the coordinates of a
+            component's eigenvectors.
         dim: the dimension d.
         num_steps: the number of steps, T.
         scale: the standard deviation σ of the noise.
         score_clip: bound on each coordinate of the score feature.
+        reference: the mixture; None for N(0, σ² I).
 
     Returns:
         The process; its weights are exact at any T.
@@ -120,11 +133,12 @@ def dis(net: Net, dim: int, num_steps: int = 32, scale: float = 1.0, score_clip:
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.core.process import Net, dis
-        >>> still = Net(lambda key, d: (), lambda p, t, x, s: (0 * x, 0 * x, jnp.zeros(())))
+        >>> still = Net(lambda key, d: (), lambda p, t, x, s: (0 * x, 0 * x, jnp.zeros(()), jnp.zeros(1)))
         >>> process = dis(still, dim=2, num_steps=4)
-        >>> process.forward((), jnp.array(3), jnp.ones(2), -jnp.ones(2)).mean.shape
-        (2,)
+        >>> process.forward((), jnp.array(3), jnp.ones(2), -jnp.ones(2)).std.shape
+        (1, 2)
     """
+    reference = normal(dim, scale) if reference is None else reference
     share = log_snr_grid(num_steps)
     alpha = 1.0 - share[:-1] / share[1:]
     noise = 1.0 - share  # (1-A_k): exact enough in float64, and only then rounded
@@ -136,17 +150,30 @@ def dis(net: Net, dim: int, num_steps: int = 32, scale: float = 1.0, score_clip:
     def at(table: np.ndarray, k: Int[Array, ""], like: Float[Array, " d"]) -> Float[Array, ""]:
         return jnp.asarray(table, like.dtype)[k]
 
+    def noised(root: Float[Array, ""], noise_var: Float[Array, ""]) -> Mixture:
+        """The law of root x_T plus white noise, for x_T from the reference."""
+        std = jnp.sqrt(root**2 * reference.std**2 + noise_var)
+        return reference._replace(centre=root * reference.centre, std=std)
+
     def forward(
         params: Params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
-    ) -> Gaussian:
-        root, rest = at(np.sqrt(share), k, x), at(noise, k, x)
-        relative = jnp.clip(root * rest * (scale * score + x / scale), -score_clip, score_clip)
-        mean, log_var, gate = net.apply(params, at(log_snr, k, x), x / scale, relative)
-        denoised = root * x + scale * (mean + gate * relative)
-        var = scale**2 * rest * jnp.exp(log_var)
+    ) -> Mixture:
+        root, noise_var = at(np.sqrt(share), k, x), scale**2 * at(noise, k, x)
+        feature = root * jnp.sqrt(noise_var) * (score - reference.score(x))
+        feature = jnp.clip(feature, -score_clip, score_clip)
+        mean, log_var, gate, logits = net.apply(params, at(log_snr, k, x), x / scale, feature)
+        here = noised(root, noise_var)
+        # the mean and the variance of x_T given x_k, in the coordinates of each component
+        rotated = reference.rotate(x)
+        gain = root * reference.std**2 / here.std**2
+        shift = reference.rotate(jnp.sqrt(noise_var) * (mean + gate * feature))
+        denoised = reference.centre + gain * (rotated - here.centre) + shift
+        var = (reference.std / here.std) ** 2 * noise_var * jnp.exp(log_var)
         weight = at(denoiser_weight, k, x)
-        return Gaussian(
-            weight * denoised + at(point_weight, k, x) * x,
+        return Mixture(
+            jax.nn.log_softmax(here.joint(x) + logits),
+            reference.rotation,
+            weight * denoised + at(point_weight, k, x) * rotated,
             jnp.sqrt(at(bridge_var, k, x) + weight**2 * var),
         )
 
@@ -157,4 +184,5 @@ def dis(net: Net, dim: int, num_steps: int = 32, scale: float = 1.0, score_clip:
         std = jnp.full_like(x_next, at(scale * np.sqrt(alpha), k, x_next))
         return Gaussian(at(np.sqrt(1.0 - alpha), k, x_next) * x_next, std)
 
-    return Process(num_steps, standard_normal(dim, scale), forward, backward)
+    init = noised(jnp.asarray(np.sqrt(share[0])), jnp.asarray(scale**2 * noise[0]))
+    return Process(num_steps, init, forward, backward)

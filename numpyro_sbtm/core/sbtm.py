@@ -18,11 +18,16 @@ from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.score import implicit_score_loss
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
-from numpyro_sbtm.core.transition import standard_normal
+from numpyro_sbtm.core.transition import Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
 
-__all__ = ["Maps", "SBTMState", "push", "sbtm"]
+__all__ = ["Maps", "SBTMState", "pull", "push", "sbtm"]
 
+_MAX_INVERSION_STEPS = 50
+_INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
+_NUM_PROBES = 1024
+_PATIENCE = 15  # maps without a lower divergence after which no more are made
+_WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
 _PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
 
 
@@ -58,6 +63,10 @@ class SBTMState(NamedTuple):
         opt_state: state of the network's optimiser.
         current: the map being learned, with step size zero, without the leading axis.
         maps: the maps made so far.
+        probes: points for no training, carried along, shape ``[m, d]``.
+        probe_log_q: log density of the law they come from, shape ``[m]``.
+        divergence: KL(q | π) + log Z after every map, from the probes; its first entry is before any,
+            shape ``[K+1]``.
     """
 
     step: Int[Array, ""]
@@ -66,6 +75,9 @@ class SBTMState(NamedTuple):
     opt_state: optax.OptState
     current: Maps
     maps: Maps
+    probes: Float[Array, "m d"]
+    probe_log_q: Float[Array, " m"]
+    divergence: Float[Array, " K1"]
 
 
 def _velocity(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
@@ -98,6 +110,41 @@ def push(
     return jax.lax.scan(step, (x, zero, zero), maps)[0]
 
 
+def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+    """Carry one point back through all maps: the inverse of `push`.
+
+    Every map is undone by the iteration x ← y - h v(x), a contraction where h Lip(v) < 1.
+
+    Args:
+        net: the network.
+        maps: the maps.
+        x: the point, shape ``[d]``.
+
+    Returns:
+        The point that `push` carries to x, and the largest change in a last iteration: not small where
+        an iteration did not converge.
+    """
+    tolerance = 4.0 * jnp.finfo(x.dtype).eps
+
+    def undo(carry, one: Maps):  # type: ignore[no-untyped-def]
+        image, worst = carry
+
+        def iterate(inner):  # type: ignore[no-untyped-def]
+            k, y, _ = inner
+            new = image - one.step_size * _velocity(net, one, y)
+            return k + 1, new, jnp.max(jnp.abs(new - y))
+
+        def unfinished(inner):  # type: ignore[no-untyped-def]
+            k, y, change = inner
+            return (change > tolerance * (1.0 + jnp.max(jnp.abs(y)))) & (k < _MAX_INVERSION_STEPS)
+
+        first = jnp.zeros((), jnp.int32), image, jnp.asarray(jnp.inf, image.dtype)
+        _, y, change = jax.lax.while_loop(unfinished, iterate, first)
+        return (y, jnp.maximum(worst, change)), None
+
+    return jax.lax.scan(undo, (x, jnp.zeros((), x.dtype)), maps, reverse=True)[0]
+
+
 def _affine_part(particles: Float[Array, "n d"], scores: Float[Array, "n d"], params: Params) -> Maps:
     """Solve implicit score matching for affine velocities, in closed form.
 
@@ -125,15 +172,16 @@ def sbtm(
     num_updates: int = 10,
     batch_size: int = 256,
     duration: float = 2.0,
-    scale: float = 1.0,
+    base: Transition | None = None,
     max_stretch: float = 0.5,
 ) -> Algorithm:
     """Make the algorithm of score-based transport modelling.
 
     Every step trains the score network on the current particles by implicit score matching; every
     ``steps_per_map`` steps the particles move and the map is stored. When all maps are made, further
-    steps do nothing. Fresh draws start from N(0, scale² I), pass through the stored maps, and carry the
-    exact weight π(x) / q(x).
+    steps do nothing. Fresh draws start from the first law, pass through the stored maps, and carry the
+    exact weight π(x) / q(x). Points that are never trained on measure the divergence after every map;
+    draws end with the map after which it was least.
 
     Args:
         target: the density π, best whitened.
@@ -145,7 +193,7 @@ def sbtm(
         num_updates: updates of the network per step.
         batch_size: particles per update.
         duration: total time of the flow; the time step is ``duration / num_maps`` or less.
-        scale: standard deviation of the first law.
+        base: the first law, wider than the target; None for N(0, I).
         max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one.
 
     Returns:
@@ -182,21 +230,29 @@ def sbtm(
             "`num_maps`, `steps_per_map`, `num_updates` and `batch_size` must be at least 1, got "
             f"{num_maps}, {steps_per_map}, {num_updates} and {batch_size}."
         )
-    base = standard_normal(dim, scale)
+    base = standard_normal(dim) if base is None else base
 
     def scores_at(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         scores = jax.vmap(lambda y: value_and_score(target, y)[1])(x)
         return jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
 
+    def divergence_at(x: Float[Array, "m d"], log_q: Float[Array, " m"]) -> Float[Array, ""]:
+        excess = log_q - jax.vmap(target.logdensity_fn)(x)
+        return jnp.mean(jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS))
+
     def init(key: Key) -> SBTMState:
-        key_net, key_particles = jax.random.split(key)
+        key_net, key_particles, key_probes = jax.random.split(key, 3)
         params = net.init(key_net, dim)
         particles = jax.vmap(base.sample)(jax.random.split(key_particles, num_particles))
         scores = scores_at(particles)
+        probes = jax.vmap(base.sample)(jax.random.split(key_probes, _NUM_PROBES))
+        log_q = jax.vmap(base.log_prob)(probes)
         current = _affine_part(particles, scores, params)
         maps = jax.tree.map(lambda leaf: jnp.zeros((num_maps, *leaf.shape), leaf.dtype), current)
         zero = jnp.zeros((), jnp.int32)
-        return SBTMState(zero, particles, scores, optimiser.init(params), current, maps)
+        divergence = jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(divergence_at(probes, log_q))
+        opt_state = optimiser.init(params)
+        return SBTMState(zero, particles, scores, opt_state, current, maps, probes, log_q, divergence)
 
     def train(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:
         def update(carry, key_k):  # type: ignore[no-untyped-def]
@@ -220,7 +276,8 @@ def sbtm(
         (params, opt_state), (losses, skips) = jax.lax.scan(
             update, (state.current.params, state.opt_state), jax.random.split(key, num_updates)
         )
-        info = Info(jnp.mean(losses), jnp.sum(skips, dtype=jnp.int32), jnp.zeros((), jnp.int32))
+        zero, unfinished = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+        info = Info(jnp.mean(losses), jnp.sum(skips, dtype=jnp.int32), zero, unfinished)
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
 
     def move(state: SBTMState) -> SBTMState:
@@ -236,11 +293,16 @@ def sbtm(
         made = state.current._replace(step_size=step_size.astype(state.current.mean.dtype))
         current = _affine_part(particles, scores, state.current.params)
         k = state.step // steps_per_map
+        probes, change, _ = jax.vmap(lambda x: euler_map(velocity, step_size, x))(state.probes)
+        log_q = state.probe_log_q - change
         moved = state._replace(
             particles=particles,
             scores=scores,
             current=current,
             maps=jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made),
+            probes=probes,
+            probe_log_q=log_q,
+            divergence=state.divergence.at[k + 1].set(divergence_at(probes, log_q)),
         )
         good = jnp.all(
             jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))])
@@ -257,16 +319,33 @@ def sbtm(
 
         def rest(state: SBTMState) -> tuple[SBTMState, Info]:
             zero = jnp.zeros((), jnp.int32)
-            return state, Info(jnp.asarray(jnp.nan, state.particles.dtype), zero, zero)
+            return state, Info(jnp.asarray(jnp.nan, state.particles.dtype), zero, zero, jnp.zeros((), bool))
 
         state, info = jax.lax.cond(state.step < num_maps * steps_per_map, work, rest, state)
-        return state._replace(step=state.step + 1), info
+        made = (state.step + 1) // steps_per_map
+        stale = made - jnp.argmin(state.divergence) > _PATIENCE
+        finished = stale | (state.step + 1 >= num_maps * steps_per_map)
+        return state._replace(step=state.step + 1), info._replace(finished=finished)
+
+    def best(state: SBTMState) -> Maps:
+        used = jnp.arange(num_maps) < jnp.argmin(state.divergence)
+        return state.maps._replace(step_size=jnp.where(used, state.maps.step_size, 0.0))
 
     def draw(key: Key, state: SBTMState, n: int) -> Draws:
+        maps = best(state)
         start = jax.vmap(base.sample)(jax.random.split(key, n))
-        x, log_det, stretch = jax.vmap(lambda x: push(net, state.maps, x))(start)
+        x, log_det, stretch = jax.vmap(lambda x: push(net, maps, x))(start)
         logdensity = jax.vmap(target.logdensity_fn)(x)
         log_proposal = jax.vmap(base.log_prob)(start) - log_det
         return Draws(x, logdensity - log_proposal, logdensity, stretch < 1.0)
 
-    return Algorithm(init, step, draw)
+    def weigh(key: Key, state: SBTMState, x: Float[Array, " d"]) -> Float[Array, ""]:
+        del key
+        maps = best(state)
+        start, error = pull(net, maps, x)
+        image, log_det, _ = push(net, maps, start)
+        log_weight = target.logdensity_fn(x) - base.log_prob(start) + log_det
+        there = (error < _INVERSION_ERROR) & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
+        return jnp.where(there, log_weight, jnp.nan)
+
+    return Algorithm(init, step, draw, weigh)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions of the next point of a Markov chain."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from numpyro_sbtm.core.target import Key
 __all__ = ["Gaussian", "Transition", "standard_normal"]
 
 
+@runtime_checkable
 class Transition(Protocol):
     """A distribution on R^d that can be sampled and whose normalised density is known."""
 

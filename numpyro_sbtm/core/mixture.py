@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of normal distributions: where separated modes are, and the diffusion that ends there."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float, Int
+
+from numpyro_sbtm.core.target import Key
+
+__all__ = ["Mixture", "fit_mixture", "largest", "max_components", "normal"]
+
+_EM_STEPS = 50
+_PER_DIMENSION = 20  # particles per component and dimension that a covariance is fitted to
+_MAX_COMPONENTS = 64
+_PRIOR_COUNT = 2.0  # particles that the pooled covariance counts for in each component, per dimension
+
+
+class Mixture(NamedTuple):
+    """A mixture of K normal distributions N(U_c m_c, U_c diag(v_c) U_cᵀ) with weights p_c.
+
+    Each component keeps the eigenvectors of its covariance, so that adding white noise, conditioning on
+    a noisy copy and bridging are operations on m and v alone.
+
+    Attributes:
+        log_weight: log p, normalised; ``-inf`` for a component that is not there, shape ``[K]``.
+        rotation: U, orthogonal, shape ``[K, d, d]``; None for the identity.
+        centre: m, the mean in rotated coordinates, shape ``[K, d]``.
+        std: √v, shape ``[K, d]``.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.mixture import normal
+        >>> mixture = normal(2)
+        >>> mixture.sample(jax.random.key(0)).shape
+        (2,)
+        >>> round(float(mixture.log_prob(jnp.zeros(2))), 4)  # -log(2 pi)
+        -1.8379
+    """
+
+    log_weight: Float[Array, " K"]
+    rotation: Float[Array, "K d d"] | None
+    centre: Float[Array, "K d"]
+    std: Float[Array, "K d"]
+
+    def rotate(self, y: Float[Array, " d"]) -> Float[Array, "K d"]:
+        """Express a point in the coordinates of every component, Uᵀ y."""
+        if self.rotation is None:
+            return jnp.broadcast_to(y, self.centre.shape)
+        return jnp.einsum("cij,i->cj", self.rotation, y)
+
+    def joint(self, y: Float[Array, " d"]) -> Float[Array, " K"]:
+        """Evaluate log(p_c N(y; component c)) for every component."""
+        z = (self.rotate(y) - self.centre) / self.std
+        log_scale = jnp.sum(jnp.log(self.std), -1) + 0.5 * y.size * jnp.log(2 * jnp.pi)
+        return self.log_weight - 0.5 * jnp.sum(z * z, -1) - log_scale
+
+    def log_prob(self, y: Float[Array, " d"]) -> Float[Array, ""]:
+        """Evaluate the normalised log density at one point."""
+        return logsumexp(self.joint(y))
+
+    def score(self, y: Float[Array, " d"]) -> Float[Array, " d"]:
+        """Evaluate the gradient of the log density at one point."""
+        pull = (self.centre - self.rotate(y)) / self.std**2
+        share = jax.nn.softmax(self.joint(y))
+        if self.rotation is None:
+            return share @ pull
+        return jnp.einsum("c,cij,cj->i", share, self.rotation, pull)
+
+    def sample(self, key: Key) -> Float[Array, " d"]:
+        """Draw one point; differentiable in all but the weights."""
+        key_component, key_noise = jax.random.split(key)
+        c = jax.random.categorical(key_component, self.log_weight)
+        noise = jax.random.normal(key_noise, self.centre.shape[1:], self.centre.dtype)
+        y = self.centre[c] + self.std[c] * noise
+        return y if self.rotation is None else self.rotation[c] @ y
+
+
+def normal(dim: int, scale: float = 1.0) -> Mixture:
+    """Make N(0, scale² I) on R^dim as a mixture of one component.
+
+    Examples:
+        >>> from numpyro_sbtm.core.mixture import normal
+        >>> normal(2, 3.0).std.tolist()
+        [[3.0, 3.0]]
+    """
+    return Mixture(jnp.zeros(1), None, jnp.zeros((1, dim)), jnp.full((1, dim), scale))
+
+
+def largest(mixture: Mixture, size: int) -> Mixture:
+    """Keep the components of the largest weights, and renormalise.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.mixture import Mixture, largest
+        >>> two = Mixture(jnp.log(jnp.array([0.3, 0.7])), None, jnp.array([[0.0], [9.0]]), jnp.ones((2, 1)))
+        >>> largest(two, 1).centre.tolist()
+        [[9.0]]
+    """
+    keep = jnp.argsort(-mixture.log_weight)[:size]
+    kept = jax.tree.map(lambda leaf: leaf[keep], mixture)
+    return kept._replace(log_weight=jax.nn.log_softmax(kept.log_weight))
+
+
+def max_components(num_particles: int, dim: int) -> int:
+    """Return how many components with a full covariance that many particles can support.
+
+    Examples:
+        >>> from numpyro_sbtm.core.mixture import max_components
+        >>> max_components(4096, 2), max_components(4096, 10), max_components(4096, 1000)
+        (64, 20, 1)
+    """
+    return max(1, min(_MAX_COMPONENTS, num_particles // (_PER_DIMENSION * dim)))
+
+
+def _components(x: Float[Array, "n d"], weight: Float[Array, " n"], share: Float[Array, "n K"]) -> Mixture:
+    """Fit every component to its share of weighted points; a covariance leans a little on the pooled one."""
+    dim = x.shape[1]
+    responsibility = weight[:, None] * share
+    count = jnp.sum(responsibility, 0)
+    mean = responsibility.T @ x / jnp.maximum(count, 1e-9)[:, None]
+    second = jnp.einsum("nc,ni,nj->cij", responsibility, x, x)
+    scatter = second - count[:, None, None] * mean[:, :, None] * mean[:, None, :]
+    pooled = jnp.sum(scatter, 0) / jnp.sum(count)
+    # the prior has the size of the component, and only the shape of the pooled covariance
+    size = jnp.trace(scatter, axis1=1, axis2=2) / jnp.maximum(count, 1e-9) / jnp.trace(pooled)
+    lean = _PRIOR_COUNT * dim
+    cov = (scatter + lean * size[:, None, None] * pooled) / (count + lean)[:, None, None]
+    cov = cov + 1e-8 * jnp.eye(dim)
+    # one at a time: two batched LAPACK calls that XLA runs side by side can block a two-core machine
+    variance, rotation = jax.lax.map(jnp.linalg.eigh, cov)
+    log_weight = jnp.log(count / jnp.sum(count))
+    centre = jnp.einsum("cij,ci->cj", rotation, mean)
+    return Mixture(log_weight, rotation, centre, jnp.sqrt(jnp.maximum(variance, 1e-8)))
+
+
+def fit_mixture(
+    key: Key,
+    x: Float[Array, "n d"],
+    weight: Float[Array, " n"],
+    num_components: int | Int[Array, ""],
+    size: int,
+) -> Mixture:
+    """Fit a mixture to weighted points by expectation maximisation.
+
+    The first centres are chosen as in k-means++: each at random, in proportion to the squared distance
+    from those before. A covariance leans towards the pooled shape by as much as a few points would
+    pull it, so that a component of few points stays regular; one of less than a point goes.
+
+    Args:
+        key: random key.
+        x: the points, shape ``[n, d]``, finite.
+        weight: how many points each of them stands for, shape ``[n]``.
+        num_components: how many components to begin with, at most ``size``; may be traced.
+        size: the number K of components of the result, absent ones included.
+
+    Returns:
+        The mixture.
+
+    Reference:
+        Dempster, Laird & Rubin (1977); Arthur & Vassilvitskii (2007) (k-means++).
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.mixture import fit_mixture
+        >>> x = jnp.concatenate([jnp.linspace(-4, -3, 50), jnp.linspace(3, 5, 50)])[:, None]
+        >>> mixture = fit_mixture(jax.random.key(0), x, jnp.ones(100), 2, size=3)
+        >>> sorted((mixture.rotation[:, 0, 0] * mixture.centre[:, 0]).round(1).tolist())
+        [-3.5, 0.0, 4.0]
+    """
+    key_first, key_rest = jax.random.split(key)
+    dim = x.shape[1]
+
+    def choose(carry, inputs):  # type: ignore[no-untyped-def]
+        centres, nearest = carry
+        k, key_k = inputs
+        new = x[jax.random.categorical(key_k, jnp.log(weight * nearest + 1e-30))]
+        return (centres.at[k].set(new), jnp.minimum(nearest, jnp.sum((x - new) ** 2, -1))), None
+
+    first = x[jax.random.categorical(key_first, jnp.log(weight))]
+    centres = jnp.zeros((size, dim), x.dtype).at[0].set(first)
+    steps = jnp.arange(1, size), jax.random.split(key_rest, size)[1:]
+    (centres, _), _ = jax.lax.scan(choose, (centres, jnp.sum((x - first) ** 2, -1)), steps)
+    distance = jax.lax.map(lambda centre: jnp.sum((x - centre) ** 2, -1), centres).T
+    distance = jnp.where(jnp.arange(size) < num_components, distance, jnp.inf)
+    share = jax.nn.one_hot(jnp.argmin(distance, 1), size, dtype=x.dtype)
+
+    def improve(_: Int[Array, ""], mixture: Mixture) -> Mixture:
+        return _components(x, weight, jax.vmap(lambda y: jax.nn.softmax(mixture.joint(y)))(x))
+
+    mixture = jax.lax.fori_loop(0, _EM_STEPS, improve, _components(x, weight, share))
+    alive = jnp.exp(mixture.log_weight) * jnp.sum(weight) >= 1.0
+    return mixture._replace(log_weight=jax.nn.log_softmax(jnp.where(alive, mixture.log_weight, -jnp.inf)))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local moves between proposals: one transition of a blackjax kernel in the whitened space."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import hmc, nuts
+from jaxtyping import Array, Float
+
+from numpyro_sbtm.core.target import Key, LogDensity
+
+__all__ = ["LOCAL_KERNELS", "LocalMove", "local_move"]
+
+LOCAL_KERNELS = ("hmc", "mala", "nuts")
+_LEAPS = 8
+_TARGET_ACCEPTANCE = {"hmc": 0.75, "mala": 0.6, "nuts": 0.8}
+_JITTER = (0.6, 1.2)  # range of the factor on the step size, drawn anew for every move
+_ADAPTATION = 60
+
+
+class LocalMove(NamedTuple):
+    """A Markov kernel that leaves any density on R^d invariant, and the choice of its step size.
+
+    Attributes:
+        adapt: ``(key, logdensity_fn, points [m, d]) -> step size``; the points move along.
+        step: ``(key, logdensity_fn, u [d], step size) -> (u [d], log density, acceptance probability)``.
+    """
+
+    adapt: Callable[[Key, LogDensity, Float[Array, "m d"]], Float[Array, ""]]
+    step: Callable[..., tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]]
+
+
+def local_move(name: str) -> LocalMove:
+    """Make a local move.
+
+    Args:
+        name: 'hmc' with 8 leapfrog steps, 'mala' with one, or 'nuts'.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.local import local_move
+        >>> u, _, probability = local_move("hmc").step(
+        ...     jax.random.key(0), lambda u: -0.5 * jnp.sum(u**2), jnp.zeros(2), 0.1)
+        >>> u.shape, float(probability) > 0.9
+        ((2,), True)
+    """
+    if name == "nuts":
+        kernel: Any = nuts.build_kernel()
+        extra: tuple[int, ...] = ()
+    else:
+        kernel = hmc.build_kernel()
+        extra = (_LEAPS if name == "hmc" else 1,)
+
+    def step(key: Key, logdensity_fn: LogDensity, u: Float[Array, " d"], step_size: Float[Array, ""]):  # type: ignore[no-untyped-def]
+        key_jitter, key_move = jax.random.split(key)
+        low, high = _JITTER
+        factor = jax.random.uniform(key_jitter, (), u.dtype, low, high)
+        state, info = kernel(
+            key_move, hmc.init(u, logdensity_fn), logdensity_fn, factor * step_size, jnp.ones_like(u), *extra
+        )
+        return state.position, state.logdensity, info.acceptance_rate
+
+    def adapt(key: Key, logdensity_fn: LogDensity, points: Float[Array, "m d"]) -> Float[Array, ""]:
+        def advance(carry, inputs):  # type: ignore[no-untyped-def]
+            points, log_step, average = carry
+            k, key_k = inputs
+            keys = jax.random.split(key_k, len(points))
+            moved, _, probability = jax.vmap(lambda key, u: step(key, logdensity_fn, u, jnp.exp(log_step)))(
+                keys, points
+            )
+            probability = jnp.mean(jnp.nan_to_num(probability))
+            log_step += (probability - _TARGET_ACCEPTANCE[name]) / (0.3 + 0.05 * k)
+            rate = 10.0 / (10.0 + k)
+            return (moved, log_step, average + rate * (log_step - average)), None
+
+        start = jnp.asarray(jnp.log(0.5 / points.shape[1] ** 0.25), points.dtype)
+        steps = jnp.arange(_ADAPTATION, dtype=points.dtype), jax.random.split(key, _ADAPTATION)
+        (_, _, log_step), _ = jax.lax.scan(advance, (points, start, start), steps)
+        return jnp.exp(log_step)
+
+    return LocalMove(adapt, step)

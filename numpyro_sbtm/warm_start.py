@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The warm start: where the posterior is, before anything is learned."""
+
+import blackjax.smc.resampling as resampling
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import hmc
+from blackjax.smc import adaptive_tempered
+from jaxtyping import Array, Float, Int
+
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
+from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.core.variational import fit
+from numpyro_sbtm.core.whitening import (
+    Whitening,
+    affine,
+    fit_margins,
+    identity_margins,
+    invert,
+    unwhiten,
+    whiten,
+)
+
+__all__ = ["tempered_particles", "warm_start"]
+
+_PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
+_BEST, _FULL, _DIAGONAL = range(3)  # the maps: by variational inference; affine, of the particles
+_TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
+_FAR = 20.0  # bound on where scouts lie, in whitened units
+_NUM_PARTICLES = 4096
+_WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
+_FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
+_MAX_TEMPERATURES = 60
+_MOVES, _LEAPS = 3, 8  # HMC transitions per temperature, leapfrog steps of each
+_TARGET_ACCEPTANCE = 0.7
+
+
+def tempered_particles(
+    key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES
+) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+    """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
+
+    Temperatures keep the effective sample size of every reweighting at 0.7 of the particles; the step
+    size follows the acceptance rate. A log density that is not finite counts as very low.
+
+    Args:
+        key: random key.
+        target: the density, best whitened.
+        base: where the particles start; wide enough to cover the target.
+        num_particles: n.
+
+    Returns:
+        Particles of equal weight, shape ``[n, d]``, and an estimate of log Z, shape ``[]``.
+
+    Reference:
+        Del Moral, Doucet & Jasra (2006), Sequential Monte Carlo samplers; blackjax runs it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Target
+        >>> from numpyro_sbtm.core.mixture import normal
+        >>> from numpyro_sbtm.warm_start import tempered_particles
+        >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2 / 0.01), 2)
+        >>> x, log_z = tempered_particles(jax.random.key(0), target, normal(2), num_particles=500)
+        >>> x.mean(0).round(1).tolist()
+        [1.0, 1.0]
+    """
+    dim = target.dim
+
+    def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:
+        value = target.logdensity_fn(x) - base.log_prob(x)
+        return jnp.where(jnp.isfinite(value), value, -1e30)
+
+    key_start, key_loop = jax.random.split(key)
+    particles = jax.vmap(base.sample)(jax.random.split(key_start, num_particles))
+    kernel = adaptive_tempered.build_kernel(
+        base.log_prob,
+        log_ratio,
+        hmc.build_kernel(),
+        hmc.init,
+        resampling.systematic,
+        target_ess=0.7,
+    )
+
+    def advance(carry):  # type: ignore[no-untyped-def]
+        k, _, state, step_size, log_z = carry
+        parameters = {
+            "step_size": step_size[None],
+            "inverse_mass_matrix": jnp.ones((1, dim), particles.dtype),
+            "num_integration_steps": jnp.array([_LEAPS]),
+        }
+        last = state.tempering_param >= 1.0
+        state, info = kernel(jax.random.fold_in(key_loop, k), state, _MOVES, parameters)
+        acceptance = jnp.mean(info.update_info.acceptance_rate)
+        step_size = step_size * jnp.exp(2.0 * (acceptance - _TARGET_ACCEPTANCE))
+        return k + 1, last, state, step_size, log_z + info.log_likelihood_increment
+
+    def unfinished(carry):  # type: ignore[no-untyped-def]
+        k, last, *_ = carry
+        return ~last & (k < _MAX_TEMPERATURES)
+
+    state = adaptive_tempered.init(particles)
+    state = state._replace(tempering_param=jnp.zeros((), particles.dtype))
+    step_size = jnp.asarray(0.5 / dim**0.25, particles.dtype)
+    zero = jnp.zeros((), particles.dtype)
+    carry = jnp.zeros((), jnp.int32), jnp.zeros((), bool), state, step_size, zero
+    _, _, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
+    return state.particles, log_z
+
+
+def _covering(scouts: Float[Array, "m d"]) -> Mixture:
+    """Cover the whitened unit ball and where scouts lie, in equal parts."""
+    dim = scouts.shape[1]
+    centre = jnp.nan_to_num(jnp.nanmedian(scouts, 0))
+    spread = jnp.nan_to_num(1.4826 * jnp.nanmedian(jnp.abs(scouts - centre), 0))
+    return Mixture(
+        jnp.log(jnp.full(2, 0.5, scouts.dtype)),
+        jnp.broadcast_to(jnp.eye(dim, dtype=scouts.dtype), (2, dim, dim)),
+        jnp.stack([jnp.zeros_like(centre), jnp.clip(centre, -_FAR, _FAR)]),
+        _WIDE * jnp.stack([jnp.ones_like(spread), jnp.clip(spread, 1.0, _FAR)]),
+    )
+
+
+def _add_missing(
+    key: Key,
+    particles: Float[Array, "n d"],
+    log_z: Float[Array, ""],
+    elbos: Float[Array, " f"],
+    draws: Float[Array, "f t d"],
+) -> Float[Array, "n d"]:
+    """Put in, by weight, the fits whose place holds far fewer particles than their evidence asks for.
+
+    A narrow mode in many dimensions has no weight at high temperatures, so that tempering loses it; an
+    optimiser may have found it.
+    """
+    n, dim = particles.shape
+    radius = dim + 3.0 * (2.0 * dim) ** 0.5
+
+    def add(carry, inputs):  # type: ignore[no-untyped-def]
+        particles, log_z = carry
+        key_f, elbo, own = inputs
+        usable = jnp.all(jnp.isfinite(own)) & jnp.isfinite(elbo)
+        own = jnp.where(usable, own, jnp.arange(own.size, dtype=own.dtype).reshape(own.shape))
+        mean = jnp.mean(own, 0)
+        centred = own - mean
+        cov = centred.T @ centred / len(own)
+        variance, rotation = jnp.linalg.eigh(cov + 1e-9 * jnp.trace(cov) * jnp.eye(dim))
+        std = jnp.sqrt(jnp.maximum(variance, 1e-12))
+        z = (particles - mean) @ rotation / std
+        inside = jnp.mean(jnp.sum(z * z, -1) < radius)
+        share = jax.nn.sigmoid(elbo - log_z)
+        missing = usable & (inside < _FOUND * share)
+        key_which, key_draw = jax.random.split(key_f)
+        replaced = missing & (jax.random.uniform(key_which, (n,)) < share)
+        # not the fit's own draws: repeated, they would look like structure
+        fresh = mean + (std * jax.random.normal(key_draw, (n, dim), own.dtype)) @ rotation.T
+        particles = jnp.where(replaced[:, None], fresh, particles)
+        return (particles, jnp.where(missing, jnp.logaddexp(log_z, elbo), log_z)), None
+
+    best_first = jnp.argsort(-elbos)
+    keys = jax.random.split(key, len(elbos))
+    carry = particles, log_z
+    return jax.lax.scan(add, carry, (keys, elbos[best_first], draws[best_first]))[0][0]
+
+
+def warm_start(
+    key: Key,
+    target: Target,
+    starts: Float[Array, "s d"],
+    scouts: Float[Array, "m d"],
+    order: Int[Array, " d"],
+) -> tuple[Whitening, Mixture, Float[Array, "n d"]]:
+    """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
+
+    Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
+    modes that it did not see. Candidates are the best map alone, the affine map that whitens the
+    particles, and either of them followed by margins or by a mixture fitted to the particles. The mean
+    log density on particles that were not used for fitting decides: it punishes a missing mode, as ELBOs
+    do not. Should particles not be finite, the best map alone remains.
+
+    Args:
+        key: random key.
+        target: the density on the unconstrained space.
+        starts: points of finite density, shape ``[s, d]``.
+        scouts: points that lie as widely as the target may, such as draws of the prior, shape ``[m, d]``.
+        order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
+
+    Returns:
+        The whitening, with margins that may be the identity; the mixture, whose first component is N(0, I)
+        and alone where there is but one; and the whitened particles, shape ``[n, d]``.
+    """
+    key_fit, key_particles, key_add, key_mixture = jax.random.split(key, 4)
+    n, dim = _NUM_PARTICLES, target.dim
+    size = max_components(n, dim)
+    found = fit(key_fit, target, starts, scouts, order)
+    first = jax.tree.map(lambda a, b: jnp.where(found.separate, a, b), found.pooled, found.best)
+
+    def whitened(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        flat = x.reshape(-1, dim)
+        return jax.vmap(lambda y: invert(first, y)[0])(flat).reshape(x.shape)
+
+    particles, log_z = tempered_particles(key_particles, whiten(target, first), _covering(whitened(scouts)))
+    particles = _add_missing(key_add, particles, log_z, found.elbos, whitened(found.draws))
+    x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
+
+    sizes = sorted({2} | {size >> shift for shift in range(size.bit_length() - 1)})
+    rows = [(_BEST, _PLAIN), (_FULL, _PLAIN), (_BEST, _MARGINS), (_DIAGONAL, _MARGINS)]
+    rows += [(which, num) for which in (_BEST, _FULL) for num in sizes if 1 < num <= size]
+    which, kinds = (jnp.array(column) for column in zip(*rows, strict=True))
+    flat, diagonal = _affine_maps(x, order)
+    whitenings = jax.tree.map(lambda *leaves: jnp.stack(leaves), found.best, flat, diagonal)
+    train = (jnp.arange(n) < n // 2).astype(x.dtype)
+    blank = identity_margins(x[0])
+
+    def attempt(row: Int[Array, ""], weight: Float[Array, " n"]) -> tuple[Whitening, Mixture]:
+        whitening = jax.tree.map(lambda leaf: leaf[which[row]], whitenings)
+        u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
+        kind = kinds[row]
+        margins = jax.tree.map(lambda a, b: jnp.where(kind == _MARGINS, a, b), fit_margins(u, weight), blank)
+        mixture = fit_mixture(key_mixture, u, weight, jnp.maximum(kind, 1), size)
+        plain = _padded_normal(mixture)
+        mixture = jax.tree.map(lambda a, b: jnp.where(kind < 2, a, b), plain, mixture)
+        return whitening._replace(margins=margins), mixture
+
+    def compare(carry, k):  # type: ignore[no-untyped-def]
+        # one row after the other on half of the particles; at last the best one on all of them
+        scores, *_ = carry
+        last = k == len(rows)
+        row = jnp.where(last, jnp.argmax(scores), k)
+        whitening, mixture = attempt(row, jnp.where(last, 1.0, train))
+        u, log_det = jax.vmap(lambda y: invert(whitening, y))(x)
+        score = (1.0 - train) @ (jax.vmap(mixture.log_prob)(u) - log_det) / (n - n // 2)
+        score = jnp.where(jnp.isfinite(score), score, -jnp.inf) + jnp.where(row == 0, _TIE, 0.0)
+        return (scores.at[row].set(score), whitening, mixture, u), None
+
+    blanks = jax.eval_shape(attempt, which[0], train)
+    blanks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blanks)
+    carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
+    (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
+    return whitening, mixture, jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
+
+
+def _padded_normal(like: Mixture) -> Mixture:
+    """Make N(0, I), all other components of which are not there."""
+    num, dim = like.centre.shape
+    return Mixture(
+        jnp.where(jnp.arange(num) == 0, 0.0, -jnp.inf).astype(like.log_weight.dtype),
+        jnp.broadcast_to(jnp.eye(dim, dtype=like.centre.dtype), (num, dim, dim)),
+        jnp.zeros_like(like.centre),
+        jnp.ones_like(like.std),
+    )
+
+
+def _affine_maps(x: Float[Array, "n d"], order: Int[Array, " d"]) -> tuple[Whitening, Whitening]:
+    """Make the affine maps with the points' mean and covariance, and with their variances alone."""
+    dim = x.shape[1]
+    loc = jnp.mean(x, 0)[order]
+    cov = jnp.cov(x[:, order], rowvar=False).reshape(dim, dim)
+    diagonal = jnp.diag(jnp.sqrt(jnp.diagonal(cov)))
+    tril = jnp.linalg.cholesky(cov + 1e-12 * jnp.trace(cov) * jnp.eye(dim))
+    tril = jnp.where(jnp.all(jnp.isfinite(tril)), tril, diagonal)
+    return affine(loc, tril, order), affine(loc, diagonal, order)

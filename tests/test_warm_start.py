@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whitening map, mixtures, tempered particles, and what the warm start makes of them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from helpers import assert_within, correlated, three_components, two_modes
+from numpyro.infer import MCMC
+from scipy.stats import multivariate_normal
+
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
+from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.core.variational import fit
+from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
+from numpyro_sbtm.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.targets import gaussian
+from numpyro_sbtm.warm_start import tempered_particles, warm_start
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def bent(x):
+    """Move points towards 1 and -1."""
+    return x + 0.3 * jnp.tanh(2.0 * x)
+
+
+def random_whitening(dim, seed=0, strength=1.0):
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    vector = lambda size: strength * size * jax.random.normal(next(keys), (dim,))  # noqa: E731
+    matrix = lambda size: strength * size * jax.random.normal(next(keys), (dim, dim))  # noqa: E731
+    return Whitening(
+        order=jax.random.permutation(next(keys), dim),
+        loc=vector(1.0),
+        scale_tril=jnp.tril(matrix(0.5), -1) + jnp.eye(dim),
+        log_scale_slope=jnp.tril(matrix(0.4), -1),
+        shift_slope=jnp.tril(matrix(0.4), -1),
+        shift=vector(0.5),
+        precision=jnp.exp(vector(1.0)),
+        skew=vector(0.3),
+        tail=strength * jnp.linspace(-0.3, 0.3, dim),
+        margins=fit_margins(bent(strength * jax.random.normal(next(keys), (200, dim))), jnp.ones(200)),
+    )
+
+
+def test_whitening_is_undone():
+    whitening = random_whitening(4)
+    u = 2.0 * jax.random.normal(jax.random.key(1), (200, 4))  # beyond the outer knots too
+    x, log_det = jax.vmap(lambda v: unwhiten(whitening, v))(u)
+    back, same = jax.vmap(lambda y: invert(whitening, y))(x)
+    np.testing.assert_allclose(back, u, atol=1e-6)
+    np.testing.assert_allclose(same, log_det, atol=1e-6)
+
+
+def test_whitening_log_det_equals_autodiff():
+    whitening = random_whitening(4)
+    u = jax.random.normal(jax.random.key(1), (20, 4))
+    _, log_det = jax.jit(jax.vmap(lambda v: unwhiten(whitening, v)))(u)
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda v: unwhiten(whitening, v)[0])))(u)
+    np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-10)
+
+
+def test_whitening_keeps_the_integral():
+    target = correlated()
+    whitening = random_whitening(2, strength=0.3)
+    margins = fit_margins(bent(jax.random.normal(jax.random.key(3), (4000, 2))), jnp.ones(4000))
+    whitened = whiten(target, whitening._replace(margins=margins))
+    u = 2.0 * jax.random.normal(jax.random.key(0), (100_000, 2))
+    proposal = gaussian(np.zeros(2), 4.0 * np.eye(2))
+    log_weight = jax.vmap(whitened.logdensity_fn)(u) - jax.vmap(proposal.logdensity_fn)(u)
+    log_z, se = log_evidence(log_weight)
+    assert 1e-3 < se < 0.02
+    assert_within(log_z, 0.0, se)
+
+
+def test_the_fit_straightens_a_funnel_given_its_order():
+    """Neal's funnel, sd 1.5, with the scale last: in the right order it is inside the family of maps."""
+
+    def funnel(x):
+        v, y = x[-1], x[:-1]
+        return -0.5 * (v / 1.5) ** 2 - 0.5 * jnp.sum(y**2) * jnp.exp(-v) - 0.5 * y.size * v
+
+    target = Target(funnel, 4)
+    starts = jax.random.normal(jax.random.key(0), (4, 4))
+    whitening = jax.jit(lambda key: fit(key, target, starts, starts, jnp.array([3, 0, 1, 2])).best)(
+        jax.random.key(1)
+    )
+    u = jax.random.normal(jax.random.key(2), (5000, 4))
+    log_weight = jax.vmap(whiten(target, whitening).logdensity_fn)(u) + 0.5 * jnp.sum(u**2, -1)
+    assert float(jnp.std(log_weight)) < 0.5  # the best affine map leaves more than 2
+
+
+def test_the_fit_covers_modes_that_lie_apart():
+    target = gaussian(np.zeros(2), np.eye(2))
+    apart = lambda x: jnp.logaddexp(target.logdensity_fn(x - 8.0), target.logdensity_fn(x + 8.0))  # noqa: E731
+    starts = jnp.array([[7.0, 9.0], [-8.0, -7.0], [9.0, 8.0], [-7.0, -9.0]])
+    run = jax.jit(lambda key: fit(key, Target(apart, 2), starts, starts, jnp.arange(2), num_steps=300))
+    found = run(jax.random.key(0))
+    assert found.separate
+    whitening = found.pooled
+    inverse = jnp.linalg.inv(whitening.scale_tril)
+    for mode in (8.0, -8.0):
+        assert jnp.linalg.norm(inverse @ (jnp.full(2, mode) - whitening.loc)) < 3.0
+
+
+def test_margins_straighten_two_modes():
+    sample = two_modes().sample(jax.random.key(0), 8000)
+    margins = fit_margins(sample, jnp.ones(8000))
+    whitening = affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
+    fresh = two_modes().sample(jax.random.key(1), 4000)
+    u = np.asarray(jax.vmap(lambda x: invert(whitening, x)[0])(fresh))
+    for level in (-1.5, 0.0, 1.5):
+        share = 0.5 * (1 + np.vectorize(math.erf)(level / np.sqrt(2)))
+        assert_within(np.mean(u < level, 0), share, np.sqrt(share * (1 - share) / 2600))
+
+
+def test_mixture_densities_and_draws_agree_with_scipy():
+    mixture = three_components()
+    y = jax.random.normal(jax.random.key(0), (20, 2))
+    expected = 0.0
+    for c in range(3):
+        turn, std = np.asarray(mixture.rotation[c]), np.asarray(mixture.std[c])
+        law = multivariate_normal(turn @ np.asarray(mixture.centre[c]), turn @ np.diag(std**2) @ turn.T)
+        expected += float(jnp.exp(mixture.log_weight[c])) * law.pdf(np.asarray(y))
+    np.testing.assert_allclose(jax.vmap(mixture.log_prob)(y), np.log(expected), rtol=1e-10)
+    np.testing.assert_allclose(
+        jax.vmap(mixture.score)(y), jax.vmap(jax.grad(mixture.log_prob))(y), rtol=1e-9, atol=1e-10
+    )
+    draws = jax.vmap(mixture.sample)(jax.random.split(jax.random.key(1), 40_000))
+    means = jnp.einsum("cij,cj->ci", mixture.rotation, mixture.centre)
+    truth = jnp.exp(mixture.log_weight[:3]) @ means[:3]
+    assert_within(jnp.mean(draws, 0), truth, jnp.std(draws, 0) / 200.0)
+
+
+def test_expectation_maximisation_finds_a_mixture():
+    truth = three_components()
+    x = jax.vmap(truth.sample)(jax.random.split(jax.random.key(0), 6000))
+    found = jax.jit(lambda: fit_mixture(jax.random.key(1), x[:4000], jnp.ones(4000), 3, size=5))()
+    assert int(jnp.sum(jnp.isfinite(found.log_weight))) == 3
+    gap = jnp.mean(jax.vmap(lambda y: truth.log_prob(y) - found.log_prob(y))(x[4000:]))
+    assert -0.01 < float(gap) < 0.02  # nats, on points that were not fitted
+    two = largest(found, 2)
+    np.testing.assert_allclose(jnp.sum(jnp.exp(two.log_weight)), 1.0, rtol=1e-9)
+
+
+def test_tempered_particles_weigh_separated_modes():
+    target = two_modes()
+    far = Target(lambda x: target.logdensity_fn(x / 4.0) - 2 * jnp.log(4.0) + 1.5, 2)
+    x, log_z = jax.jit(lambda key: tempered_particles(key, far, normal(2, 8.0)))(jax.random.key(0))
+    assert abs(float(log_z) - 1.5) < 0.1
+    assert abs(float(jnp.mean(x[:, 0] < 0)) - 0.3) < 0.05
+
+
+def narrow_and_wide(x):
+    """Normal distributions of weights .2 and .8 and deviations 1 and .4, apart in 8 dimensions."""
+    apart = 2.0 * jnp.ones(8)
+    wide = jnp.log(0.2) - 0.5 * jnp.sum((x + apart) ** 2)
+    narrow = jnp.log(0.8) - 0.5 * jnp.sum((x - apart) ** 2) / 0.16 - 8 * jnp.log(0.4)
+    return jnp.logaddexp(wide, narrow) - 4 * jnp.log(2 * jnp.pi)
+
+
+def ring(x):
+    return -0.5 * ((jnp.linalg.norm(x) - 3.0) / 0.3) ** 2
+
+
+@pytest.mark.parametrize(
+    ("density", "dim", "log_z", "least_ess"),
+    [
+        (narrow_and_wide, 8, 0.0, 0.3),
+        # of the ring by quadrature in the radius
+        pytest.param(
+            ring, 2, float(np.log(2 * np.pi * 3.0 * 0.3 * np.sqrt(2 * np.pi))), 0.5, marks=pytest.mark.slow
+        ),
+        # 4,096 modes
+        pytest.param(lambda x: -jnp.sum((x**2 - 4.0) ** 2), 12, 12 * -0.10821, 0.5, marks=pytest.mark.slow),
+        pytest.param(correlated().logdensity_fn, 2, 0.0, 0.95, marks=pytest.mark.slow),
+    ],
+    ids=["narrow", "ring", "wells", "normal"],
+)
+def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess):
+    target = Target(density, dim)
+    scouts = 4.0 * jax.random.normal(jax.random.key(0), (128, dim))
+
+    @jax.jit
+    def weights(key):
+        whitening, mixture, particles = warm_start(key, target, scouts[:8], scouts, jnp.arange(dim))
+        white = whiten(target, whitening)
+        u = jax.vmap(mixture.sample)(jax.random.split(key, 8000))
+        log_weight = jax.vmap(white.logdensity_fn)(u) - jax.vmap(mixture.log_prob)(u)
+        return clean(log_weight), particles
+
+    log_weight, particles = weights(jax.random.key(1))
+    found, se = log_evidence(log_weight)
+    assert float(ess_fraction(log_weight)) > least_ess
+    assert_within(found, log_z, se + 1e-4)
+    assert jnp.all(jnp.isfinite(particles))
+
+
+@pytest.mark.parametrize("name", LOCAL_KERNELS)
+def test_local_moves_leave_the_target_alone(name):
+    target, move = two_modes(), local_move(name)
+    draws = target.sample(jax.random.key(0), 20_000)
+    step_size = jax.jit(lambda: move.adapt(jax.random.key(1), target.logdensity_fn, draws[:64]))()
+    keys = jax.random.split(jax.random.key(2), len(draws))
+    run = jax.jit(jax.vmap(lambda key, x: move.step(key, target.logdensity_fn, x, step_size)))
+    moved, value, probability = run(keys, draws)
+    assert 0.4 < float(jnp.mean(probability)) < 0.97
+    assert float(jnp.mean(jnp.abs(moved - draws))) > 0.1
+    np.testing.assert_allclose(value, jax.vmap(target.logdensity_fn)(moved), rtol=1e-9)
+    for feature in (lambda x: x, jnp.square, lambda x: x[:, :1] > 0):
+        change = feature(moved) * 1.0 - feature(draws)
+        assert_within(jnp.mean(change, 0), 0.0, jnp.std(change, 0) / np.sqrt(len(draws)) + 1e-12)
+
+
+# ------------------------------------------------------------------ the kernels on separated modes
+def label_switching(y):
+    """Two components without an order: two mirror modes of weight one half each."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+    weights = dist.Categorical(probs=jnp.array([0.5, 0.5]))
+    numpyro.sample("y", dist.MixtureSameFamily(weights, dist.Normal(mu, 1.0)), obs=y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [LogVarianceDISKernel, SBTMKernel])
+def test_label_switching_is_mixed_and_its_evidence_right(kernel):
+    y = jnp.array([-2.5, -1.0, -3.2, -2.1, 2.2, 3.1, 1.4, 2.9, 2.4])
+    grid = jnp.linspace(-8.0, 8.0, 801)
+    each = jnp.exp(-0.5 * (y - grid[:, None]) ** 2) / jnp.sqrt(2 * jnp.pi)
+    prior = jnp.exp(-0.5 * (grid / 5) ** 2) / jnp.sqrt(2 * jnp.pi) / 5
+    joint = jnp.prod(0.5 * (each[:, None] + each[None]), -1) * prior[:, None] * prior
+    log_z = float(jnp.log(joint.sum() * (grid[1] - grid[0]) ** 2))
+
+    warmup = {LogVarianceDISKernel: 500, SBTMKernel: 300}[kernel]
+    mcmc = MCMC(
+        kernel(label_switching),
+        num_warmup=warmup,
+        num_samples=1000,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(0), y)
+    found = report(mcmc)
+    assert found.verdict == "reliable" and found.max_rhat < 1.02
+    mu = np.asarray(mcmc.get_samples()["mu"])
+    assert abs(np.mean(mu[:, 0] < mu[:, 1]) - 0.5) < 0.03
+    assert_within(found.log_evidence, log_z, found.log_evidence_se + 1e-4)
