@@ -28,6 +28,7 @@ Verdict = Literal["reliable", "caution", "unreliable"]
 # limits for "reliable" and for "caution" of what is bad when large; shares that are bad when small enter
 # with a minus sign
 _MAX_KHAT = (0.7, 1.0)
+_NEARLY_EQUAL = 0.9  # effective fraction above which the tail of the weights is too light to matter below 1
 _MIN_ACCEPTANCE = (-0.2, -0.05)
 _MIN_ESS = (-0.1, -0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
@@ -254,11 +255,12 @@ def _judge(
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
     rhat = max_rhat if np.isfinite(max_rhat) else 1.0
+    khat_limits = (_MAX_KHAT[1], _MAX_KHAT[1]) if fraction > _NEARLY_EQUAL else _MAX_KHAT
     faults: list[tuple[float, tuple[float, float], str]] = [
         # badness, its limits for "reliable" and for "caution", what is wrong and the cure
         (
             khat,
-            _MAX_KHAT,
+            khat_limits,
             f"the weights have a heavy tail (k-hat {khat:.2f}): the learned proposal is too narrow, or the "
             f"posterior is improper; {longer}",
         ),

@@ -71,7 +71,7 @@ def simulate(process: Process, params: Params, target: Target, key: Key, *, deta
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.core import Net, Target, dis, simulate
-        >>> net = Net(lambda key, d: (), lambda p, t, x, s: (0 * x, 0 * x, jnp.zeros(())))
+        >>> net = Net(lambda key, d: (), lambda p, t, x, s: (0 * x, 0 * x, jnp.zeros(()), jnp.zeros(1)))
         >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), 2)
         >>> path = simulate(dis(net, 2, num_steps=4), (), target, jax.random.key(0))
         >>> path.xs.shape, round(float(path.log_weight), 4)  # log(2 pi), on every path
