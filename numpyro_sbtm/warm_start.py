@@ -37,7 +37,7 @@ _TARGET_ACCEPTANCE = 0.7
 
 def tempered_particles(
     key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES
-) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
     Temperatures keep the effective sample size of every reweighting at 0.7 of the particles; the step
@@ -50,7 +50,8 @@ def tempered_particles(
         num_particles: n.
 
     Returns:
-        Particles of equal weight, shape ``[n, d]``, and an estimate of log Z, shape ``[]``.
+        Particles of equal weight, shape ``[n, d]``, an estimate of log Z, shape ``[]``, and the number of
+        target gradients spent.
 
     Reference:
         Del Moral, Doucet & Jasra (2006), Sequential Monte Carlo samplers; blackjax runs it.
@@ -61,7 +62,7 @@ def tempered_particles(
         >>> from numpyro_sbtm.core.mixture import normal
         >>> from numpyro_sbtm.warm_start import tempered_particles
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2 / 0.01), 2)
-        >>> x, log_z = tempered_particles(jax.random.key(0), target, normal(2), num_particles=500)
+        >>> x, log_z, gradients = tempered_particles(jax.random.key(0), target, normal(2), num_particles=500)
         >>> x.mean(0).round(1).tolist()
         [1.0, 1.0]
     """
@@ -104,8 +105,8 @@ def tempered_particles(
     step_size = jnp.asarray(0.5 / dim**0.25, particles.dtype)
     zero = jnp.zeros((), particles.dtype)
     carry = jnp.zeros((), jnp.int32), jnp.zeros((), bool), state, step_size, zero
-    _, _, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
-    return state.particles, log_z
+    temperatures, _, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
+    return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS)
 
 
 def _covering(scouts: Float[Array, "m d"]) -> Mixture:
@@ -169,7 +170,7 @@ def warm_start(
     starts: Float[Array, "s d"],
     scouts: Float[Array, "m d"],
     order: Int[Array, " d"],
-) -> tuple[Whitening, Mixture, Float[Array, "n d"]]:
+) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""]]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -187,7 +188,8 @@ def warm_start(
 
     Returns:
         The whitening, with margins that may be the identity; the mixture, whose first component is N(0, I)
-        and alone where there is but one; and the whitened particles, shape ``[n, d]``.
+        and alone where there is but one; the whitened particles, shape ``[n, d]``; and the number of target
+        gradients spent, without those of the climbs, which are few.
     """
     key_fit, key_particles, key_add, key_mixture = jax.random.split(key, 4)
     n, dim = _NUM_PARTICLES, target.dim
@@ -199,7 +201,9 @@ def warm_start(
         flat = x.reshape(-1, dim)
         return jax.vmap(lambda y: invert(first, y)[0])(flat).reshape(x.shape)
 
-    particles, log_z = tempered_particles(key_particles, whiten(target, first), _covering(whitened(scouts)))
+    particles, log_z, gradients = tempered_particles(
+        key_particles, whiten(target, first), _covering(whitened(scouts))
+    )
     particles = _add_missing(key_add, particles, log_z, found.elbos, whitened(found.draws))
     x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
 
@@ -237,7 +241,8 @@ def warm_start(
     blanks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blanks)
     carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
-    return whitening, mixture, jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
+    u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
+    return whitening, mixture, u, found.gradients + gradients
 
 
 def _padded_normal(like: Mixture) -> Mixture:

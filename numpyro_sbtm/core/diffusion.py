@@ -56,8 +56,8 @@ def diffusion(
     num_updates: int = 1,
     average_decay: float = 0.99,
     goal: float = 0.03,
-    patience: int = 150,
-    good_enough: float = 0.25,
+    patience: int = 100,
+    good_enough: float = 0.8,
     endpoints: Float[Array, "m d"] | None = None,
     backward_share: float = 0.25,
 ) -> Algorithm:

@@ -49,7 +49,9 @@ class Mixture(NamedTuple):
         """Express a point in the coordinates of every component, Uᵀ y."""
         if self.rotation is None:
             return jnp.broadcast_to(y, self.centre.shape)
-        return jnp.einsum("cij,i->cj", self.rotation, y)
+        # as one matrix product for a batch of points
+        flat = jnp.swapaxes(self.rotation, 0, 1).reshape(y.size, -1)
+        return (y @ flat).reshape(self.centre.shape)
 
     def joint(self, y: Float[Array, " d"]) -> Float[Array, " K"]:
         """Evaluate log(p_c N(y; component c)) for every component."""
@@ -67,13 +69,21 @@ class Mixture(NamedTuple):
         share = jax.nn.softmax(self.joint(y))
         if self.rotation is None:
             return share @ pull
-        return jnp.einsum("c,cij,cj->i", share, self.rotation, pull)
+        flat = jnp.swapaxes(self.rotation, 1, 2).reshape(-1, y.size)
+        return (share[:, None] * pull).reshape(-1) @ flat
 
     def sample(self, key: Key) -> Float[Array, " d"]:
         """Draw one point; differentiable in all but the weights."""
+        shape, dtype = self.centre.shape[1:], self.centre.dtype
+        if len(self.log_weight) == 1:
+            y = self.centre[0] + self.std[0] * jax.random.normal(key, shape, dtype)
+            return y if self.rotation is None else self.rotation[0] @ y
         key_component, key_noise = jax.random.split(key)
-        c = jax.random.categorical(key_component, self.log_weight)
-        noise = jax.random.normal(key_noise, self.centre.shape[1:], self.centre.dtype)
+        # by the inverse distribution function: one random number, not one for every component
+        cumulative = jnp.cumsum(jax.nn.softmax(self.log_weight))
+        level = cumulative[-1] * jax.random.uniform(key_component, (), dtype)
+        c = jnp.minimum(jnp.sum(cumulative <= level), len(cumulative) - 1)
+        noise = jax.random.normal(key_noise, shape, dtype)
         y = self.centre[c] + self.std[c] * noise
         return y if self.rotation is None else self.rotation[c] @ y
 
