@@ -6,31 +6,36 @@ import gc
 import operator
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_sbtm.chain import KernelState, Precondition, Proposals, WarmStart, learned_chain
+from numpyro_sbtm.chain import KernelState, Precondition, Proposals, Training, WarmStart, learned_chain
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
-from numpyro_sbtm.model import from_model, from_potential
+from numpyro_sbtm.model import from_model, from_potential, guide_moments
 
 __all__ = ["LearnedKernel"]
 
+_ARRAY = object()  # stands for an array among a model's arguments
 _NUM_STARTS = 8
 _MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room for another run
 
 
-def _check_precondition(precondition: Precondition) -> None:
-    if precondition is None or (isinstance(precondition, str) and precondition == "auto"):
+def _check_precondition(precondition: Precondition | AutoGuide) -> None:
+    if precondition is None or isinstance(precondition, AutoGuide):
         return
-    cure = "Pass 'auto', None, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
+    if isinstance(precondition, str) and precondition == "auto":
+        return
+    cure = "Pass 'auto', None, an AutoGuide, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
     if not isinstance(precondition, tuple) or len(precondition) != 2:
         raise ValueError(f"`precondition` must describe a whitening, got {precondition!r}. {cure}")
     loc, scale_tril = (np.asarray(part) for part in precondition)
@@ -62,6 +67,30 @@ def _spare_memory_mappings() -> None:
         jax.clear_caches()
 
 
+def _compiled(propose: Callable[..., Proposals]) -> Callable[..., Proposals]:
+    """Compile proposals for arrays among the model's arguments; sizes and flags stay what they are."""
+
+    @partial(jax.jit, static_argnums=(2, 3))
+    def of_arrays(
+        key: Key, training: Training, n: int, others: tuple[Any, ...], arrays: list[Any]
+    ) -> Proposals:
+        structure, *leaves = others
+        remaining = iter(arrays)
+        leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in leaves]
+        return propose(key, training, n, *jax.tree.unflatten(structure, leaves))
+
+    def compiled(
+        key: Key, training: Training, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Proposals:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        others = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, array, strict=True)]
+        arrays = [leaf for leaf, is_array in zip(leaves, array, strict=True) if is_array]
+        return of_arrays(key, training, n, (structure, *others), arrays)
+
+    return compiled
+
+
 class LearnedKernel(MCMCKernel):
     """Everything but the choice of the algorithm. Abstract; the kernels below are final."""
 
@@ -73,7 +102,7 @@ class LearnedKernel(MCMCKernel):
         model: Callable[..., Any] | None,
         potential_fn: Callable[..., Any] | None,
         *,
-        precondition: Precondition,
+        precondition: Precondition | AutoGuide,
         correction: str | None,
         shared: bool,
         block_size: int,
@@ -95,6 +124,11 @@ class LearnedKernel(MCMCKernel):
                 f"{local_kernel!r}."
             )
         _check_precondition(precondition)
+        if isinstance(precondition, AutoGuide) and model is None:
+            raise ValueError(
+                "`precondition` is an AutoGuide, which needs a `model`, but a `potential_fn` was given. "
+                "Pass 'auto' or a pair `(loc, scale_tril)`."
+            )
         for name, value in {"block_size": block_size, "steps_per_draw": steps_per_draw}.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -304,9 +338,14 @@ class LearnedKernel(MCMCKernel):
                 num_starts=_NUM_STARTS,
             )
         dim = problem.starts.shape[1]
-        if isinstance(self._precondition, tuple) and len(self._precondition[0]) != dim:
+        precondition = self._precondition
+        if isinstance(precondition, AutoGuide):
+            assert self._model is not None  # checked by the constructor
+            key_guide, key_state = jax.random.split(key_state)
+            precondition = guide_moments(key_guide, precondition, self._model, model_args, model_kwargs)
+        if isinstance(precondition, tuple) and len(precondition[0]) != dim:
             raise ValueError(
-                f"`precondition` is for dimension {len(self._precondition[0])}, but the posterior has "
+                f"`precondition` is for dimension {len(precondition[0])}, but the posterior has "
                 f"dimension {dim} on the unconstrained space."
             )
         chain = learned_chain(
@@ -316,16 +355,16 @@ class LearnedKernel(MCMCKernel):
             model_kwargs,
             num_warmup=num_warmup,
             chains=chains,
-            precondition=self._precondition,
+            precondition=precondition,
             corrected=self._correction is not None,
             block_size=self._block_size,
             steps_per_draw=self._steps_per_draw,
             local=None if self._local_kernel is None else local_move(self._local_kernel),
             forward_mode=self._forward_mode,
         )
-        self._sample_fn, self._propose_fn = chain.sample, jax.jit(chain.propose, static_argnums=2)
+        self._sample_fn, self._propose_fn = chain.sample, _compiled(chain.propose)
         key_start, key_state = jax.random.split(key_state)
-        warm = chain.start(key_start)
+        warm = chain.start(key_start, problem.starts, problem.scouts)
         return chain.init(key_state, self._simplify(warm, model_args, model_kwargs))
 
     def _simplify(self, warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WarmStart:

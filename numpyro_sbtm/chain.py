@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from blackjax.diagnostics import psis_weights
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,11 +30,12 @@ __all__ = [
 ]
 
 Precondition = str | tuple[Any, Any] | None
-"""'auto', ``(loc, scale_tril)``, or None: see `numpyro_sbtm.kernels`."""
+"""'auto', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
 
 
 _NUM_CHECKED = 1024  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
+_SHORTER = 4  # training ends after this part of warm-up where the warm start is near exact
 _NUM_ADAPTING = 128  # points that choose the step size of local moves
 
 
@@ -45,14 +47,22 @@ class WarmStart(NamedTuple):
         reference: a mixture that resembles the whitened posterior.
         points: points that resemble whitened draws, or None, shape ``[m, d]``.
         ess_fraction: effective sample fraction of draws from it.
+        khat: Pareto k̂ of their weights.
         step_size: of local moves.
+        gradients: target gradients spent.
     """
 
     whitening: Whitening
     reference: Mixture
     points: Float[Array, "m d"] | None
     ess_fraction: Float[Array, ""]
+    khat: Float[Array, ""]
     step_size: Float[Array, ""]
+    gradients: Int[Array, ""]
+
+    def near_exact(self) -> Bool[Array, ""]:
+        """Say whether there is little to learn: an effective fraction above 0.5 and k̂ below 0.5."""
+        return (self.ess_fraction > 0.5) & (self.khat < 0.5)
 
 
 class Training(NamedTuple):
@@ -87,6 +97,7 @@ class KernelState(NamedTuple):
     mean_accept_prob: Float[Array, "*chains"]
     diverging: Bool[Array, "*chains"]
     nonfinite_proposals: Int[Array, "*chains"]
+    log_mean_inverse_weight: Float[Array, "*chains"]
     training: Training
     block: Proposals
     rng_key: Key
@@ -103,6 +114,8 @@ A NamedTuple with the fields
  - **mean_accept_prob** - its mean since the end of warm-up.
  - **diverging** - whether a proposal of the last draw had a non-finite weight; such are never accepted.
  - **nonfinite_proposals** - how many proposals had since the end of warm-up.
+ - **log_mean_inverse_weight** - log of the mean of 1/w over the states since the end of warm-up; for exact
+   chains minus it is an estimate of the log evidence, from the posterior's side.
  - **training** - the warm start, trained parameters, whether training is finished and after how many
    steps, loss of every warm-up step, updates skipped because their gradient was not finite, and target
    gradients spent.
@@ -115,13 +128,13 @@ class LearnedChain(NamedTuple):
     """Pure functions of a `KernelState`, for one trained sampler and the chains that share it.
 
     Attributes:
-        start: ``key -> WarmStart``.
+        start: ``(key, starts [s, d], scouts [m, d]) -> WarmStart``.
         init: ``(key, warm start) -> state``; nothing is trained here.
         sample: ``(state, model_args, model_kwargs) -> state``; a training step or a draw.
         propose: ``(key, training, n, model_args, model_kwargs) -> Proposals`` of leading axis ``[n]``.
     """
 
-    start: Callable[[Key], WarmStart]
+    start: Callable[[Key, Float[Array, "s d"], Float[Array, "m d"]], WarmStart]
     init: Callable[[Key, WarmStart], KernelState]
     sample: Callable[[KernelState, tuple[Any, ...], dict[str, Any]], KernelState]
     propose: Callable[[Key, Training, int, tuple[Any, ...], dict[str, Any]], Proposals]
@@ -171,18 +184,19 @@ def learned_chain(
     def target_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Target:
         return Target(logdensity(problem, args, kwargs, forward_mode), dim)
 
-    def start(key: Key) -> WarmStart:
+    def start(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]) -> WarmStart:
         key_fit, key_check, key_adapt = jax.random.split(key, 3)
         target = target_of(model_args, model_kwargs)
         if isinstance(precondition, str):
-            whitening, reference, points = warm_start(
-                key_fit, target, problem.starts, problem.scouts, jnp.asarray(problem.order)
+            whitening, reference, points, gradients = warm_start(
+                key_fit, target, starts, scouts, jnp.asarray(problem.order)
             )
         else:
             loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
             whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
             reference = normal(dim)
             points = jax.vmap(reference.sample)(jax.random.split(key_fit, _NUM_ADAPTING))
+            gradients = jnp.zeros((), jnp.int32)
         white = whiten(target, whitening)
         draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
         log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
@@ -191,10 +205,18 @@ def learned_chain(
             step_size = local.adapt(
                 key_adapt, white.logdensity_fn, points[:: max(1, len(points) // _NUM_ADAPTING)]
             )
-        fraction = ess_fraction(clean(log_weight))
+        log_weight = clean(log_weight)
+        # weights of zero belong to no tail
+        _, khat = psis_weights(jnp.maximum(log_weight, jnp.max(log_weight) - 50.0))
+        # equal weights have no tail either
+        khat = jnp.where(jnp.isfinite(khat), khat, jnp.where(jnp.ptp(log_weight) < 1e-4, -jnp.inf, jnp.inf))
         # neighbours among tempered particles descend from one another: take them evenly spaced
         kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
-        return WarmStart(whitening, reference, kept, fraction.astype(dtype), step_size.astype(dtype))
+        fraction, khat, step_size = (
+            value.astype(dtype) for value in (ess_fraction(log_weight), khat, step_size)
+        )
+        gradients = gradients.astype(jnp.int32)
+        return WarmStart(whitening, reference, kept, fraction, khat, step_size, gradients)
 
     def algorithm_of(warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Algorithm:
         return make_algorithm(whiten(target_of(args, kwargs), warm.whitening), warm)
@@ -204,10 +226,12 @@ def learned_chain(
 
         def work(training: Training) -> Training:
             trained, info = algorithm_of(training.warm, args, kwargs).step(key_step, training.algorithm)
+            num_steps = training.num_steps + 1
+            enough = training.warm.near_exact() & (num_steps >= num_warmup // _SHORTER)
             return training._replace(
                 algorithm=trained,
-                finished=info.finished,
-                num_steps=training.num_steps + 1,
+                finished=info.finished | enough,
+                num_steps=num_steps,
                 loss=training.loss.at[state.i].set(info.loss.astype(dtype)),
                 skipped_updates=training.skipped_updates + info.skipped,
                 gradients=training.gradients + info.gradients,
@@ -324,6 +348,8 @@ def learned_chain(
             mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / (drawn + 1),
             diverging=jnp.any(~finite, 0),
             nonfinite_proposals=state.nonfinite_proposals + jnp.sum(~finite, 0, dtype=jnp.int32),
+            log_mean_inverse_weight=jnp.logaddexp(state.log_mean_inverse_weight + jnp.log(drawn), -log_weight)
+            - jnp.log(drawn + 1),
             block=block,
             rng_key=rng_key,
         )
@@ -355,13 +381,13 @@ def learned_chain(
             num_steps=zero,
             loss=jnp.full(num_warmup, jnp.nan, dtype),
             skipped_updates=zero,
-            gradients=zero,
+            gradients=warm.gradients,
         )
         # filled at the first draw; only its shapes are needed before
         block = jax.eval_shape(lambda: propose(key, training, size, model_args, model_kwargs))
         block = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), block)
         blank = jnp.zeros(chains, dtype)
-        return KernelState(
+        state = KernelState(
             i=jnp.zeros((), jnp.int32),
             z=z,
             potential_energy=energy.astype(dtype),
@@ -370,9 +396,13 @@ def learned_chain(
             mean_accept_prob=blank,
             diverging=jnp.zeros(chains, bool),
             nonfinite_proposals=jnp.zeros(chains, jnp.int32),
+            log_mean_inverse_weight=blank,
             training=training,
             block=block,
             rng_key=rng_key,
         )
+        # a weakly typed leaf would turn strong in the first step, and a second program would be compiled
+        strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state._replace(rng_key=zero))
+        return strong._replace(rng_key=rng_key)
 
     return LearnedChain(jax.jit(start), init, sample, propose)

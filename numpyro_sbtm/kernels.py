@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 from numpyro.infer import init_to_uniform
+from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.chain import Precondition, WarmStart
@@ -22,7 +23,9 @@ __all__ = ["LogVarianceDISKernel", "SBTMKernel"]
 _COMMON = """
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
             map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of
-            the flattened unconstrained space, sites in sorted order; None leaves the space as it is.
+            the flattened unconstrained space, sites in sorted order; an AutoGuide of the model is fitted
+            by stochastic variational inference and gives its draws' mean and covariance; None leaves the
+            space as it is.
         correction: 'metropolis' makes draws by Metropolis steps, so that the chains leave the
             posterior invariant, however well or badly the sampler is trained. None returns raw draws.
         shared: whether chains of ``chain_method="vectorized"`` share one trained sampler; False trains
@@ -89,7 +92,7 @@ class LogVarianceDISKernel(LearnedKernel):
         width: int = 64,
         depth: int = 2,
         scale: float = 1.0,
-        precondition: Precondition = "auto",
+        precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
         block_size: int = 4096,
@@ -184,7 +187,7 @@ class SBTMKernel(LearnedKernel):
         width: int = 64,
         depth: int = 2,
         scale: float = 1.2,
-        precondition: Precondition = "auto",
+        precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
         block_size: int = 4096,

@@ -7,17 +7,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
-from numpyro.infer import init_to_sample
-from numpyro.infer.util import initialize_model
+from numpyro.infer import SVI, Trace_ELBO, init_to_sample
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.util import initialize_model, unconstrain_fn
+from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.target import Key, LogDensity
 
-__all__ = ["Problem", "from_model", "from_potential", "logdensity"]
+__all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensity"]
 
 _NUM_SCOUTS = 128
+_GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
+_GUIDE_DRAWS = 4096
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
 
@@ -147,6 +152,52 @@ def from_model(
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
     )
+
+
+def guide_moments(
+    key: Key,
+    guide: AutoGuide,
+    model: Callable[..., Any],
+    model_args: tuple[Any, ...],
+    model_kwargs: dict[str, Any],
+) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+    """Fit an AutoGuide by stochastic variational inference; return the moments of its unconstrained draws.
+
+    Args:
+        key: random key.
+        guide: one of `numpyro.infer.autoguide`, made for the model.
+        model: the model.
+        model_args: its positional arguments.
+        model_kwargs: its keyword arguments.
+
+    Returns:
+        The mean, shape ``[d]``, and a Cholesky factor of the covariance, shape ``[d, d]``, of the flattened
+        unconstrained space, sites in sorted order.
+
+    Raises:
+        ValueError: if the moments are not finite or the covariance is not regular.
+
+    Reference:
+        Kucukelbir et al. (2017), Automatic differentiation variational inference, arXiv:1603.00788.
+    """
+    key_fit, key_draws = jax.random.split(key)
+    schedule = optax.cosine_decay_schedule(_GUIDE_STEP_SIZE, _GUIDE_STEPS, alpha=0.01)
+    optimiser = optax_to_numpyro(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule)))
+    svi = SVI(model, guide, optimiser, Trace_ELBO(num_particles=_GUIDE_PARTICLES))
+    params = svi.run(key_fit, _GUIDE_STEPS, *model_args, progress_bar=False, **model_kwargs).params
+    draws = guide.sample_posterior(
+        key_draws, params, *model_args, sample_shape=(_GUIDE_DRAWS,), **model_kwargs
+    )
+    values = jax.vmap(lambda sites: unconstrain_fn(model, model_args, model_kwargs, sites))(draws)
+    x = _flat(values)
+    cov = jnp.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])
+    loc, tril = jnp.mean(x, 0), jnp.linalg.cholesky(cov)
+    if not_jax_tracer(tril) and not (np.all(np.isfinite(loc)) and np.all(np.isfinite(tril))):
+        raise ValueError(
+            f"`precondition`, {type(guide).__name__}, has no finite mean and covariance after "
+            f"{_GUIDE_STEPS} steps. Use another guide, or 'auto'."
+        )
+    return loc, tril
 
 
 def _trace_order(prototype: dict[str, Any], names: list[str]) -> np.ndarray:

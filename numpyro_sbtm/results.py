@@ -33,6 +33,7 @@ _MIN_ACCEPTANCE = (-0.2, -0.05)
 _MIN_ESS = (-0.1, -0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
 _MAX_RHAT = (1.02, 1.1)
+_MAX_DISAGREEMENT = (0.5, 2.0)
 
 
 def pareto_khat(log_weight: Float[Array, " n"]) -> float:
@@ -78,17 +79,21 @@ class Report:
         ess_fraction: effective sample fraction of fresh proposals.
         log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
         log_evidence_se: its standard error.
+        backward_log_evidence: log evidence from the chains' own weights, minus log mean 1/w; NaN for raw
+            draws. Local moves may find what is never proposed: then the two estimates disagree.
         elbo: mean log weight, a lower bound of the log evidence in expectation.
         max_rhat: the largest split R-hat over sites; NaN with fewer than four draws.
         warm_start_ess_fraction: effective sample fraction of draws from the warm start, before training;
             where it is near one, there was nothing to learn.
+        warm_start_khat: Pareto k̂ of their weights. With an effective fraction above 0.5 and k̂ below 0.5
+            training is cut to a quarter of warm-up.
         training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``;
             NaN for steps that were not needed.
         training_steps: warm-up steps after which training gained nothing more and stopped.
         skipped_updates: updates left out because their gradient was not finite.
         nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
         not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
-        gradients: gradients of the target spent in training.
+        gradients: gradients of the target spent in the warm start and in training.
         correction: 'metropolis', or None for raw draws.
         log_weight: of the fresh proposals, shape ``[n]``.
     """
@@ -100,9 +105,11 @@ class Report:
     ess_fraction: float
     log_evidence: float
     log_evidence_se: float
+    backward_log_evidence: float
     elbo: float
     max_rhat: float
     warm_start_ess_fraction: float
+    warm_start_khat: float
     training: np.ndarray
     training_steps: int
     skipped_updates: int
@@ -117,16 +124,20 @@ class Report:
         rows = [
             ("draws", exact),
             ("log evidence", f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"),
+            ("log evidence, from the chains", f"{self.backward_log_evidence:.3f}"),
             ("ELBO", f"{self.elbo:.3f}"),
             ("effective sample fraction", f"{self.ess_fraction:.3f}"),
             ("Pareto k-hat", f"{self.khat:.2f}"),
             ("acceptance rate", f"{self.acceptance:.3f}"),
             ("largest R-hat", f"{self.max_rhat:.3f}"),
-            ("warm start's effective fraction", f"{self.warm_start_ess_fraction:.3f}"),
+            (
+                "warm start's effective fraction",
+                f"{self.warm_start_ess_fraction:.3f} (k-hat {self.warm_start_khat:.2f})",
+            ),
             ("training steps", f"{self.training_steps} of {self.training.shape[-1]}"),
             ("skipped updates", f"{self.skipped_updates}"),
             ("non-finite proposals", f"{self.nonfinite_proposals}"),
-            ("target gradients in training", f"{self.gradients:,}"),
+            ("target gradients in warm-up", f"{self.gradients:,}"),
         ]
         if self.not_one_to_one > 0:
             rows.append(("maps perhaps not one-to-one", f"{self.not_one_to_one:.2%} of proposals"))
@@ -206,8 +217,12 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     folded = float(1.0 - np.mean(np.asarray(proposals.one_to_one)))
     khat = pareto_khat(log_weight)
     max_rhat = _max_rhat(mcmc.get_samples(group_by_chain=True))
+    backward = float("nan")
+    if kernel.correction is not None:
+        inverse = np.ravel(np.asarray(state.log_mean_inverse_weight))
+        backward = -float(np.logaddexp.reduce(inverse) - np.log(inverse.size))
     verdict, advice = _judge(
-        kernel.correction, khat, acceptance, fraction, 1.0 - finite.mean(), folded, max_rhat
+        kernel.correction, khat, acceptance, fraction, 1.0 - finite.mean(), folded, max_rhat, backward - log_z
     )
     return Report(
         verdict=verdict,
@@ -217,9 +232,11 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         ess_fraction=fraction,
         log_evidence=log_z,
         log_evidence_se=log_z_se,
+        backward_log_evidence=backward,
         elbo=float(np.mean(np.asarray(log_weight)[finite])) if finite.any() else float("-inf"),
         max_rhat=max_rhat,
         warm_start_ess_fraction=float(np.min(np.asarray(state.training.warm.ess_fraction))),
+        warm_start_khat=float(np.max(np.asarray(state.training.warm.khat))),
         training=np.asarray(state.training.loss),
         training_steps=int(np.max(np.asarray(state.training.num_steps))),
         skipped_updates=int(np.sum(np.asarray(state.training.skipped_updates))),
@@ -251,6 +268,7 @@ def _judge(
     nonfinite: float,
     folded: float,
     max_rhat: float,
+    disagreement: float,
 ) -> tuple[Verdict, str]:
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
@@ -277,6 +295,12 @@ def _judge(
             _MAX_BAD_SHARE,
             f"at {folded:.1%} of proposals a transport map may not be one-to-one: use more maps "
             "(`num_maps`) or a shorter `duration`",
+        ),
+        (
+            0.0 if correction is None else abs(disagreement),
+            _MAX_DISAGREEMENT,
+            f"log evidence from proposals and from the chains' states differ by {abs(disagreement):.2f}: "
+            f"something is hardly ever proposed; {longer}",
         ),
         (rhat, _MAX_RHAT, f"chains disagree (R-hat {rhat:.2f}): draw more samples, or {longer}"),
     ]
