@@ -24,7 +24,7 @@ test-slow: env
 	$(BIN)/python -m pytest -m slow
 
 doctest: env
-	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' numpyro_sbtm README.md
+	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' numpyro_sbtm README.md docs
 
 lint: env
 	$(BIN)/ruff check .

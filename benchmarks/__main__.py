@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a suite, append its rows to a file of JSON lines, and print them as a table.
+
+python -m benchmarks posteriors [--only NAME,...] [--samplers nuts,smc,dis,sbtm] [--seed 0] [--output FILE]
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from benchmarks import posteriors
+
+SUITES = {"posteriors": posteriors}
+
+
+def provenance():
+    """Where and with what a row was measured."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip() or None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "numpyro", "blackjax", "flax", "optax")},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--only", default="", help="comma-separated names of problems")
+    parser.add_argument("--samplers", default="", help="comma-separated names of samplers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a file of JSON lines to append to")
+    args = parser.parse_args()
+    suite = SUITES[args.suite]
+    problems = [name for name in args.only.split(",") if name] or list(suite.PROBLEMS)
+    samplers = [name for name in args.samplers.split(",") if name] or list(suite.SAMPLERS)
+    for name, known in ((problems, suite.PROBLEMS), (samplers, suite.SAMPLERS)):
+        if unknown := set(name) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    origin = provenance()
+    print(suite.HEADER)
+    for problem in problems:
+        for sampler in samplers:
+            row = suite.measure(problem, sampler, args.seed)
+            print(suite.table_line(row), flush=True)
+            if args.output:
+                with args.output.open("a") as lines:
+                    row = {
+                        "suite": args.suite,
+                        "problem": problem,
+                        "sampler": sampler,
+                        "seed": args.seed,
+                        **row,
+                    }
+                    lines.write(json.dumps(row | origin) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small posteriors with exact answers, by NUTS, tempered SMC and both kernels, all with defaults."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, NUTS, init_to_uniform
+from scipy.stats import multivariate_normal
+
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.core.mixture import Mixture
+from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.model import from_model, logdensity
+from numpyro_sbtm.targets import gaussian_mixture
+from numpyro_sbtm.warm_start import tempered_particles
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import eight_schools
+
+__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "table_line"]
+
+NUM_CHAINS, NUM_DRAWS = 4, 1000
+
+
+class Problem(NamedTuple):
+    """A model with arguments, features of its draws, and their exact means and standard deviations."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    features: Callable[[dict[str, Any]], np.ndarray]
+    mean: np.ndarray
+    sd: np.ndarray
+    log_evidence: float
+
+
+def schools(model):
+    exact = eight_schools.quadrature()
+    names = ("mu", "tau", "theta")
+    return Problem(
+        model,
+        (eight_schools.Y, eight_schools.SIGMA),
+        lambda draws: np.concatenate([np.atleast_3d(draws[name]) for name in names], -1),
+        exact.mean,
+        exact.sd,
+        exact.log_evidence,
+    )
+
+
+def regression():
+    """Thirty rows, three slopes with N(0, 4) priors, unit noise."""
+    x = np.random.default_rng(0).normal(size=(30, 3))
+    y = x @ np.array([1.0, -1.0, 0.2]) + np.random.default_rng(1).normal(size=30)
+
+    def model(y, x):
+        slope = numpyro.sample("slope", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
+
+    cov = np.linalg.inv(x.T @ x + np.eye(3) / 4)
+    log_z = multivariate_normal(np.zeros(30), np.eye(30) + 4.0 * x @ x.T).logpdf(y)
+    features = lambda draws: np.asarray(draws["slope"])  # noqa: E731
+    return Problem(model, (y, x), features, cov @ x.T @ y, np.sqrt(np.diag(cov)), log_z)
+
+
+def label_switching():
+    """Two normal components without an order, nine data: two mirror modes."""
+    y = np.array([-2.5, -1.0, -3.2, -2.1, 2.2, 3.1, 1.4, 2.9, 2.4])
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+        numpyro.sample(
+            "y", dist.MixtureSameFamily(dist.Categorical(probs=jnp.ones(2) / 2), dist.Normal(mu, 1.0)), obs=y
+        )
+
+    grid = np.linspace(-8.0, 8.0, 1601)
+    each = np.exp(-0.5 * (y - grid[:, None]) ** 2) / np.sqrt(2 * np.pi)
+    prior = np.exp(-0.5 * (grid / 5) ** 2) / np.sqrt(2 * np.pi) / 5
+    joint = np.prod(0.5 * (each[:, None] + each[None]), -1) * prior[:, None] * prior
+    log_z = np.log(joint.sum() * (grid[1] - grid[0]) ** 2)
+    features = lambda draws: np.asarray(draws["mu"][..., :1] < draws["mu"][..., 1:], float)  # noqa: E731
+    return Problem(model, (y,), features, np.array([0.5]), np.array([0.5]), float(log_z))
+
+
+def nine_modes():
+    """The nine modes of Richter & Berner (2024): means on {-5, 0, 5}², variance 0.3, equal weights."""
+    axis = np.array([-5.0, 0.0, 5.0])
+    means = np.stack(np.meshgrid(axis, axis), -1).reshape(9, 2)
+    target = gaussian_mixture(np.ones(9), means, np.broadcast_to(np.sqrt(0.3) * np.eye(2), (9, 2, 2)))
+
+    def model():
+        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        numpyro.factor("density", target.logdensity_fn(x))
+
+    def masses(draws):
+        distance = np.sum((np.asarray(draws["x"])[..., None, :] - means) ** 2, -1)
+        return np.eye(9)[np.argmin(distance, -1)]
+
+    share = 1 / 9
+    return Problem(model, (), masses, np.full(9, share), np.full(9, np.sqrt(share * (1 - share))), 0.0)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "eight schools, non-centred": lambda: schools(eight_schools.noncentred),
+    "eight schools, centred": lambda: schools(eight_schools.centred),
+    "regression": regression,
+    "label switching": label_switching,
+    "nine modes": nine_modes,
+}
+
+
+def _chains(problem, kernel, num_warmup, seed, fields=()):
+    mcmc = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=NUM_DRAWS,
+        num_chains=NUM_CHAINS,
+        chain_method="vectorized",
+    )
+    start = time.perf_counter()
+    mcmc.warmup(jax.random.key(seed), *problem.args, extra_fields=fields, collect_warmup=bool(fields))
+    jax.block_until_ready(mcmc.post_warmup_state)
+    warm = time.perf_counter() - start
+    gradients = int(mcmc.get_extra_fields()["num_steps"].sum()) if fields else 0
+    start = time.perf_counter()
+    mcmc.run(jax.random.key(seed + 1), *problem.args, extra_fields=fields)
+    jax.block_until_ready(mcmc.get_samples())
+    seconds = time.perf_counter() - start
+    x = problem.features(mcmc.get_samples(group_by_chain=True))
+    ess = np.nanmin(effective_sample_size(x)) if np.all(x.std((0, 1)) > 0) else np.nan
+    row = {"warmup_s": warm, "draws_s": seconds, "ess": float(ess), "warmup_gradients": gradients}
+    return mcmc, x.reshape(-1, x.shape[-1]), row
+
+
+def nuts(problem, seed):
+    mcmc, x, row = _chains(problem, NUTS(problem.model), 1000, seed, ("num_steps",))
+    return x, row | {"draw_gradients": int(mcmc.get_extra_fields()["num_steps"].sum())}
+
+
+def _learned(problem, kernel, num_warmup, per_draw, seed):
+    mcmc, x, row = _chains(problem, kernel, num_warmup, seed)
+    found = report(mcmc)
+    return x, row | {
+        "warmup_gradients": found.gradients,
+        "draw_gradients": per_draw * NUM_CHAINS * NUM_DRAWS,
+        "log_evidence": found.log_evidence,
+        "log_evidence_se": found.log_evidence_se,
+        "verdict": found.verdict,
+    }
+
+
+def dis(problem, seed):
+    # a path calls the target 33 times: four proposals, a local move of nine, and a path for its weight
+    return _learned(problem, LogVarianceDISKernel(problem.model), 2000, 4 * 33 + 9 + 33, seed)
+
+
+def sbtm(problem, seed):
+    # four proposals, a local move of nine, and its weight
+    return _learned(problem, SBTMKernel(problem.model), 300, 4 + 9 + 1, seed)
+
+
+def smc(problem, seed):
+    """Adaptive tempered SMC from a normal distribution with the mean and twice the spread of the prior."""
+    key_model, key_run = jax.random.split(jax.random.key(seed))
+    start = time.perf_counter()
+    setup = from_model(
+        key_model,
+        problem.model,
+        problem.args,
+        {},
+        num_chains=1,
+        num_starts=8,
+        init_strategy=init_to_uniform,
+        init_params=None,
+        forward_mode=False,
+    )
+    dim = setup.scouts.shape[1]
+    target = Target(logdensity(setup, problem.args, {}, False), dim)
+    centre, spread = jnp.median(setup.scouts, 0), jnp.std(setup.scouts, 0)
+    base = Mixture(jnp.zeros(1), None, centre[None], 2.0 * spread[None])
+    particles, log_z, gradients = jax.block_until_ready(
+        jax.jit(lambda key: tempered_particles(key, target, base))(key_run)
+    )
+    seconds = time.perf_counter() - start
+    draws = jax.vmap(lambda x: setup.postprocess_gen(*problem.args)(setup.unravel(x)))(particles)
+    x = problem.features(jax.tree.map(lambda leaf: np.asarray(leaf)[None], draws))
+    return x.reshape(-1, x.shape[-1]), {
+        "warmup_s": seconds,
+        "draws_s": 0.0,
+        "ess": None,
+        "warmup_gradients": int(gradients),
+        "draw_gradients": 0,
+        "log_evidence": float(log_z),
+    }
+
+
+SAMPLERS = {"nuts": nuts, "smc": smc, "dis": dis, "sbtm": sbtm}
+
+
+def measure(name, sampler, seed):
+    """Run one sampler on one problem; returns a row of plain values."""
+    problem = PROBLEMS[name]()
+    x, row = SAMPLERS[sampler](problem, seed)
+    row["problem"], row["sampler"] = name, sampler
+    row["mean_error_sd"] = float(np.max(np.abs(x.mean(0) - problem.mean) / problem.sd))
+    if "log_evidence" in row:
+        row["log_evidence_error"] = row["log_evidence"] - problem.log_evidence
+    return row
+
+
+_COLUMNS = (
+    "problem",
+    "sampler",
+    "verdict",
+    "s to first draw",
+    "effective draws per s",
+    "gradients in warm-up",
+    "gradients per effective draw",
+    "largest error of a mean, in sd",
+    "error of log evidence",
+)
+HEADER = "| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|"
+
+
+def table_line(row):
+    """Format a row for `HEADER`; a dash where there is no such number."""
+    ess, seconds = row["ess"], row["draws_s"]
+    known = ess is not None and np.isfinite(ess)
+    cells = [
+        row["problem"],
+        row["sampler"],
+        row.get("verdict", "–"),
+        f"{row['warmup_s']:.0f}",
+        f"{ess / seconds:.0f}" if known else "–",
+        f"{row['warmup_gradients']:,}",
+        f"{row['draw_gradients'] / ess:.0f}" if known else "–",
+        f"{row['mean_error_sd']:.3f}",
+        f"{row['log_evidence_error']:+.3f}" if "log_evidence_error" in row else "–",
+    ]
+    return "| " + " | ".join(cells) + " |"

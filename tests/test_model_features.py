@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models may contain, against NUTS or an exact answer, with default kernels; and what comes after."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, NUTS, log_likelihood
+from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal
+
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+
+KERNELS = {"dis": LogVarianceDISKernel, "sbtm": SBTMKernel}
+WARMUP = {"dis": 300, "sbtm": 150}
+
+
+def run(kernel, *args, warmup, samples=1000, seed=0, **kwargs):
+    mcmc = MCMC(
+        kernel,
+        num_warmup=warmup,
+        num_samples=samples,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(seed), *args, **kwargs)
+    return mcmc
+
+
+# ------------------------------------------------------------------ supports
+RATINGS = np.array([0, 1, 1, 2, 2, 2, 1, 0, 2, 1, 1, 2])
+DIRECTIONS = np.array([2.9, -3.0, 3.1, 2.6, -2.8])
+GAPS = np.array([0.4, 1.1, 0.2, 0.9])
+PAIRS = np.array([[1.0, 0.7], [-0.5, -0.9], [0.3, 0.8], [-1.2, -1.0], [0.8, 0.1]])
+COUNTS = np.array([5, 2, 1])
+
+
+def every_support():
+    cuts = numpyro.sample(
+        "cuts",
+        dist.TransformedDistribution(dist.Normal(0, 1.5).expand([2]), dist.transforms.OrderedTransform()),
+    )
+    numpyro.sample("rating", dist.OrderedLogistic(jnp.zeros(len(RATINGS)), cuts), obs=RATINGS)
+    # the posterior straddles ±π
+    mean = numpyro.sample("mean", dist.VonMises(0.0, 0.1))
+    numpyro.sample("direction", dist.VonMises(mean, 4.0), obs=DIRECTIONS)
+    rate = numpyro.sample("rate", dist.ImproperUniform(dist.constraints.positive, (), ()))
+    numpyro.sample("gap", dist.Gamma(2.0, rate), obs=GAPS)
+    corr = numpyro.sample("corr", dist.LKJCholesky(2, 2.0))
+    numpyro.sample("pair", dist.MultivariateNormal(jnp.zeros(2), scale_tril=corr), obs=PAIRS)
+    probs = numpyro.sample("probs", dist.Dirichlet(jnp.ones(3)))
+    numpyro.sample("counts", dist.Multinomial(8, probs), obs=COUNTS)
+    numpyro.sample("cov", dist.Wishart(5.0, scale_tril=jnp.eye(2)))
+    numpyro.sample("edge", dist.Uniform(-1.0, 2.0))
+
+
+def features(samples):
+    """Scalars with finite variance, one column each; a direction becomes its sine and cosine."""
+    angle = samples["mean"]
+    corr = samples["corr"] @ jnp.swapaxes(samples["corr"], -1, -2)
+    parts = [
+        samples["cuts"],
+        jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1),
+        samples["rate"][..., None],
+        corr[..., 0, 1][..., None],
+        samples["probs"][..., :2],
+        samples["cov"].reshape(*angle.shape, 4)[..., :3],
+        samples["edge"][..., None],
+    ]
+    return np.asarray(jnp.concatenate(parts, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KERNELS)
+def test_supports_against_nuts_and_exact_answers(kind):
+    mcmc = run(KERNELS[kind](every_support), warmup=WARMUP[kind])
+    found = report(mcmc)
+    print(f"\n{kind}\n{found}")
+    assert found.verdict != "unreliable"
+    ours = features(mcmc.get_samples(group_by_chain=True))
+    theirs = features(run(NUTS(every_support), warmup=1000, samples=4000).get_samples(group_by_chain=True))
+    error = np.sqrt(
+        ours.var((0, 1)) / effective_sample_size(ours)
+        + theirs.var((0, 1)) / np.minimum(effective_sample_size(theirs), 16000)
+    )
+    scores = np.abs(ours.mean((0, 1)) - theirs.mean((0, 1))) / error
+    assert np.all(scores < 5), scores
+    # conjugate: Gamma(1 + 2 n, sum) without the 1 of a proper prior, and Dirichlet(1 + counts)
+    exact = {4: (2 * len(GAPS) + 1) / GAPS.sum(), 6: 6 / 11, 7: 3 / 11}
+    for column, value in exact.items():
+        assert abs(ours.mean((0, 1))[column] - value) < 5 * error[column]
+
+
+# ------------------------------------------------------------------ preconditioning by a guide
+X = np.array(jax.random.normal(jax.random.key(0), (40, 2)))
+Y = X @ np.array([10.0, -0.5]) + np.array(jax.random.normal(jax.random.key(1), (40,)))
+
+
+def regression(y, x, num_slopes):
+    # a size among the arguments, as it is common
+    slope = numpyro.sample("slope", dist.Normal(0.0, 50.0).expand([num_slopes]).to_event(1))
+    scale = numpyro.sample("scale", dist.HalfNormal(2.0))
+    numpyro.sample("y", dist.Normal(x @ slope, scale), obs=y)
+
+
+@pytest.mark.parametrize(
+    "make_guide", [AutoNormal, AutoMultivariateNormal, pytest.param(AutoBNAFNormal, marks=pytest.mark.slow)]
+)
+def test_guides_precondition(make_guide):
+    kernel = LogVarianceDISKernel(regression, precondition=make_guide(regression), num_steps=16)
+    mcmc = run(kernel, Y, X, num_slopes=2, warmup=100)
+    found = report(mcmc)
+    # without whitening nothing would be accepted: the posterior sits at 10 with a deviation of 0.2
+    assert found.acceptance > 0.3
+    slope = np.asarray(mcmc.get_samples()["slope"])
+    least_squares = np.linalg.lstsq(X, Y, rcond=None)[0]
+    assert np.all(np.abs(slope.mean(0) - least_squares) < 0.2 * slope.std(0))
+
+
+def test_guides_need_a_model():
+    with pytest.raises(ValueError, match="`precondition` is an AutoGuide, which needs a `model`"):
+        LogVarianceDISKernel(potential_fn=jnp.sum, precondition=AutoNormal(regression))
+
+
+# ------------------------------------------------------------------ downstream
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", KERNELS)
+def test_arviz_compares_models(kind):
+    import arviz as az
+
+    data = {}
+    for name, num_slopes in (("one slope", 1), ("two slopes", 2)):
+        x = X[:, :num_slopes]
+        mcmc = run(
+            KERNELS[kind](regression), Y + 2.0 * X[:, 1], x, num_slopes=num_slopes, warmup=WARMUP[kind]
+        )
+        pointwise = log_likelihood(regression, mcmc.get_samples(), Y + 2.0 * X[:, 1], x, num_slopes)
+        assert pointwise["y"].shape == (4000, 40)
+        data[name] = az.from_numpyro(mcmc, log_likelihood=True)
+        loo = az.loo(data[name])
+        assert np.isfinite(float(getattr(loo, "elpd_loo", getattr(loo, "elpd", np.nan))))
+    assert list(az.compare(data).index) == ["two slopes", "one slope"]
