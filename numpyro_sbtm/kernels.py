@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
@@ -152,7 +153,8 @@ class SBTMKernel(LearnedKernel):
         learning_rate: of Adam with weight decay.
         width: units of each hidden layer of the network.
         depth: number of its hidden layers.
-        scale: standard deviation of the particles' first law, in whitened units, where that is N(0, I).
+        scale: standard deviation of the particles' first law, in whitened units, where the warm start is one
+            normal distribution and not near exact.
 {_COMMON.strip(chr(10))}
 
     Raises:
@@ -229,9 +231,9 @@ class SBTMKernel(LearnedKernel):
 
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         num_maps = min(self._num_maps, num_warmup)
-        # where the warm start had to look for the posterior's shape, it is not made wider
+        # where the warm start had to look for the posterior's shape, or found it, it is not made wider
         plain = len(warm.reference.log_weight) == 1 and warm.whitening.margins is None
-        scale = self._scale if plain else 1.0
+        scale = jnp.where(warm.near_exact(), 1.0, self._scale) if plain else 1.0
         return sbtm(
             target,
             score_mlp(*self._net),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.infer import SVI, Trace_ELBO, init_to_sample
@@ -23,6 +24,8 @@ __all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensi
 _NUM_SCOUTS = 128
 _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
+_MAX_BYTES = 2**28  # of an array over all points at which a density is evaluated together
+_MAX_TOGETHER = 8192  # points that are never too many
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
 
@@ -39,6 +42,7 @@ class Problem(NamedTuple):
             shape ``[m, d]``.
         order: the coordinates of R^d in the order of the model's trace, shape ``[d]``.
         unravel: from a point of R^d to unconstrained values.
+        together: at how many points the density may be evaluated at once, by the memory that takes.
     """
 
     potential_gen: Callable[..., Callable[[Any], Float[Array, ""]]]
@@ -48,6 +52,7 @@ class Problem(NamedTuple):
     scouts: Float[Array, "m d"]
     order: np.ndarray
     unravel: Callable[[Float[Array, " d"]], Any]
+    together: int
 
 
 def _flat(values: Any) -> Float[Array, "n d"]:
@@ -151,6 +156,7 @@ def from_model(
         scouts,
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
+        _together(lambda x: info.potential_fn(*model_args, **model_kwargs)(unravel(x)), starts[0]),
     )
 
 
@@ -256,7 +262,8 @@ def from_potential(
         return potential_fn
 
     order = np.arange(flat.shape[1])
-    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel)
+    together = _together(lambda x: potential_fn(unravel(x)), starts[0])
+    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, together)
 
 
 def logdensity(
@@ -272,14 +279,55 @@ def logdensity(
     """
     potential = problem.potential_gen(*model_args, **model_kwargs)
 
-    def value(x: Float[Array, " d"]) -> Float[Array, ""]:
+    def evaluate(x: Float[Array, " d"]) -> Float[Array, ""]:
         return -potential(problem.unravel(x))
 
-    if not forward_mode:
-        return value
+    if problem.together >= _MAX_TOGETHER and not forward_mode:
+        return evaluate
 
+    def with_score(x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
+        if forward_mode:
+            return evaluate(x), jax.jacfwd(evaluate)(x)
+        return jax.value_and_grad(evaluate)(x)
+
+    value, value_and_score = evaluate, with_score
+    if problem.together < _MAX_TOGETHER:
+        value, value_and_score = (_in_batches(f, problem.together) for f in (evaluate, with_score))
     differentiable = jax.custom_vjp(value)
-    differentiable.defvjp(
-        lambda x: (value(x), jax.jacfwd(value)(x)), lambda score, cotangent: (cotangent * score,)
-    )
+    differentiable.defvjp(value_and_score, lambda score, cotangent: (cotangent * score,))
+    return differentiable
+
+
+def _together(function: Callable[..., Any], x: Float[Array, " d"]) -> int:
+    """Say at how many points a function may be evaluated at once, from the largest array that one makes."""
+
+    def largest(jaxpr: Any) -> int:
+        sizes = [0]
+        for equation in jaxpr.eqns:
+            sizes += [var.aval.size * var.aval.dtype.itemsize for var in equation.outvars if var.aval.shape]
+            sizes += [largest(inner) for inner in jaxprs_in_params(equation.params)]
+        return max(sizes)
+
+    return max(1, _MAX_BYTES // max(1, largest(jax.make_jaxpr(function)(x).jaxpr)))
+
+
+def _in_batches(function: Callable[..., Any], together: int) -> Callable[..., Any]:
+    """Make a function of one point that, under `vmap`, is evaluated at so many points at a time."""
+
+    def wrap(batched: Callable[..., Any], size: int) -> Callable[..., Any]:
+        wrapped = jax.custom_batching.custom_vmap(batched)
+
+        def rule(axis_size: int, _: Any, x: Array) -> tuple[Any, Any]:
+            if size * axis_size <= together:
+                out = wrap(jax.vmap(batched), size * axis_size)(x)
+            else:
+                out = jax.lax.map(batched, x, batch_size=max(1, together // size))
+            return out, jax.tree.map(lambda _: True, out)
+
+        wrapped.def_vmap(rule)
+        return wrapped
+
+    # only Hessians differentiate once more, at few points
+    differentiable = jax.custom_jvp(wrap(function, 1))
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
     return differentiable

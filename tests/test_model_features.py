@@ -8,10 +8,11 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS, log_likelihood
+from numpyro.infer import MCMC, NUTS, init_to_uniform, log_likelihood
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.model import from_model, logdensity
 
 KERNELS = {"dis": LogVarianceDISKernel, "sbtm": SBTMKernel}
 WARMUP = {"dis": 300, "sbtm": 150}
@@ -123,6 +124,39 @@ def test_guides_precondition(make_guide):
 def test_guides_need_a_model():
     with pytest.raises(ValueError, match="`precondition` is an AutoGuide, which needs a `model`"):
         LogVarianceDISKernel(potential_fn=jnp.sum, precondition=AutoNormal(regression))
+
+
+# ------------------------------------------------------------------ large data
+def test_large_data_is_evaluated_a_few_points_at_a_time():
+    """A million rows: memory is that of a few points, and the values are those of the model."""
+
+    def model(x, y):
+        slope = numpyro.sample("slope", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
+
+    rows = 1_000_000
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 3)).astype(np.float32)
+    y = x @ np.array([1.0, 0.0, -1.0], np.float32)
+    options = {"num_chains": 1, "num_starts": 2, "init_strategy": init_to_uniform, "init_params": None}
+    problem = from_model(jax.random.key(0), model, (x, y), {}, forward_mode=False, **options)
+    assert problem.together < 100
+    slopes = 0.1 * jax.random.normal(jax.random.key(1), (8, 16, 3))
+
+    def all_scores(slopes, x, y):
+        density = logdensity(problem, (x, y), {}, False)
+        return jax.vmap(jax.vmap(jax.value_and_grad(density)))(slopes)
+
+    program = jax.jit(all_scores).lower(slopes, x, y).compile()
+    together = 4 * rows * problem.together  # bytes of one array
+    assert program.memory_analysis().temp_size_in_bytes < 8 * together
+    values, scores = program(slopes, x, y)
+    exact = -slopes / 4.0 + (x.T @ y - slopes @ (x.T @ x))
+    np.testing.assert_allclose(scores, exact, rtol=1e-3, atol=20.0)
+    one = -problem.potential_gen(x, y)({"slope": slopes[3, 5]})
+    np.testing.assert_allclose(values[3, 5], one, rtol=1e-5)
+    hessian = jax.jit(jax.hessian(logdensity(problem, (x, y), {}, False)))(slopes[0, 0])
+    np.testing.assert_allclose(hessian, -x.T @ x - np.eye(3) / 4.0, rtol=1e-3, atol=20.0)
 
 
 # ------------------------------------------------------------------ downstream
