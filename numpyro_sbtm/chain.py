@@ -14,7 +14,7 @@ from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import Mixture, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
-from numpyro_sbtm.core.whitening import Whitening, affine, invert, unwhiten, whiten
+from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, unwhiten, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
 from numpyro_sbtm.warm_start import warm_start
@@ -52,7 +52,7 @@ class WarmStart(NamedTuple):
         gradients: target gradients spent.
     """
 
-    whitening: Whitening
+    whitening: Whitening | LowRank
     reference: Mixture
     points: Float[Array, "m d"] | None
     ess_fraction: Float[Array, ""]

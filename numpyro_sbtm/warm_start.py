@@ -8,10 +8,11 @@ from blackjax.mcmc import hmc
 from blackjax.smc import adaptive_tempered
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, normal
 from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.variational import fit
+from numpyro_sbtm.core.variational import diagonal_guesses, fit, fit_low_rank
 from numpyro_sbtm.core.whitening import (
+    LowRank,
     Whitening,
     affine,
     fit_margins,
@@ -31,6 +32,8 @@ _NUM_PARTICLES = 4096
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _MAX_TEMPERATURES = 60
+_DENSE = 128  # dimensions up to which there are matrices
+_RANK, _SUBSPACE_STEPS = 16, 20
 _MOVES, _LEAPS = 3, 8  # HMC transitions per temperature, leapfrog steps of each
 _TARGET_ACCEPTANCE = 0.7
 
@@ -111,12 +114,11 @@ def tempered_particles(
 
 def _covering(scouts: Float[Array, "m d"]) -> Mixture:
     """Cover the whitened unit ball and where scouts lie, in equal parts."""
-    dim = scouts.shape[1]
     centre = jnp.nan_to_num(jnp.nanmedian(scouts, 0))
     spread = jnp.nan_to_num(1.4826 * jnp.nanmedian(jnp.abs(scouts - centre), 0))
     return Mixture(
         jnp.log(jnp.full(2, 0.5, scouts.dtype)),
-        jnp.broadcast_to(jnp.eye(dim, dtype=scouts.dtype), (2, dim, dim)),
+        None,
         jnp.stack([jnp.zeros_like(centre), jnp.clip(centre, -_FAR, _FAR)]),
         _WIDE * jnp.stack([jnp.ones_like(spread), jnp.clip(spread, 1.0, _FAR)]),
     )
@@ -170,7 +172,7 @@ def warm_start(
     starts: Float[Array, "s d"],
     scouts: Float[Array, "m d"],
     order: Int[Array, " d"],
-) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""]]:
+) -> tuple[Whitening | LowRank, Mixture, Float[Array, "n d"], Int[Array, ""]]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -178,6 +180,9 @@ def warm_start(
     particles, and either of them followed by margins or by a mixture fitted to the particles. The mean
     log density on particles that were not used for fitting decides: it punishes a missing mode, as ELBOs
     do not. Should particles not be finite, the best map alone remains.
+
+    Above 128 dimensions matrices are avoided: a map without correlations, then the particles' leading
+    directions. Memory is then linear in d.
 
     Args:
         key: random key.
@@ -191,6 +196,8 @@ def warm_start(
         and alone where there is but one; the whitened particles, shape ``[n, d]``; and the number of target
         gradients spent, without those of the climbs, which are few.
     """
+    if target.dim > _DENSE:
+        return _wide_warm_start(key, target, starts, scouts)
     key_fit, key_particles, key_add, key_mixture = jax.random.split(key, 4)
     n, dim = _NUM_PARTICLES, target.dim
     size = max_components(n, dim)
@@ -243,6 +250,47 @@ def warm_start(
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
     return whitening, mixture, u, found.gradients + gradients
+
+
+def _wide_warm_start(
+    key: Key, target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]
+) -> tuple[LowRank, Mixture, Float[Array, "n d"], Int[Array, ""]]:
+    """Do what `warm_start` does, in many dimensions, for one mode."""
+    key_fit, key_particles, key_basis, key_polish = jax.random.split(key, 4)
+    n, dim = _NUM_PARTICLES, target.dim
+    flat, gradients = fit_low_rank(key_fit, target, diagonal_guesses(target, starts))
+    seen = jax.vmap(lambda x: invert(flat, x)[0])(scouts)
+    particles, _, more = tempered_particles(key_particles, whiten(target, flat), _covering(seen))
+    usable = jnp.all(jnp.isfinite(particles))
+    particles = jnp.where(usable, particles, 0.0)
+    # leading eigenvectors of the covariance, by subspace iteration
+    centre = jnp.mean(particles, 0)
+    std = jnp.maximum(jnp.std(particles, 0), 1e-3)
+    z = (particles - centre) / std
+
+    def improve(_: Int[Array, ""], basis: Float[Array, "d r"]) -> Float[Array, "d r"]:
+        return jnp.linalg.qr(z.T @ (z @ basis))[0]
+
+    basis = jax.random.normal(key_basis, (dim, _RANK), z.dtype)
+    basis = jax.lax.fori_loop(0, _SUBSPACE_STEPS, improve, jnp.linalg.qr(basis)[0])
+    _, singular, turn = jnp.linalg.svd(z @ basis, full_matrices=False)
+    variance = singular**2 / n
+    # what noise alone would make as large is no correlation (Marchenko & Pastur 1967)
+    kept = variance > 1.1 * (1.0 + (dim / n) ** 0.5) ** 2
+    # all other directions share the rest of the variance (Tipping & Bishop 1999, probabilistic PCA)
+    rest = (dim - jnp.sum(jnp.where(kept, variance, 0.0))) / (dim - jnp.sum(kept))
+    rest = jnp.sqrt(jnp.clip(rest, 0.01, 1.0))
+    gain = jnp.where(kept, jnp.sqrt(variance) / rest - 1.0, 0.0)
+    whitening = LowRank(flat.loc + flat.std * centre, flat.std * std * rest, basis @ turn.T, gain)
+    whitening = jax.tree.map(
+        lambda new, old: jnp.where(usable, new, old),
+        whitening,
+        flat._replace(basis=basis, gain=jnp.zeros_like(gain)),
+    )
+    # particles do not move far along a stiff direction: the fit ends by variational inference again
+    whitening, last = fit_low_rank(key_polish, target, jax.tree.map(lambda leaf: leaf[None], whitening))
+    u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(particles)
+    return whitening, normal(dim), u, gradients + more + last
 
 
 def _padded_normal(like: Mixture) -> Mixture:

@@ -17,7 +17,7 @@ from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.variational import fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
+from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.targets import gaussian
 from numpyro_sbtm.warm_start import tempered_particles, warm_start
@@ -199,6 +199,51 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess):
     assert float(ess_fraction(log_weight)) > least_ess
     assert_within(found, log_z, se + 1e-4)
     assert jnp.all(jnp.isfinite(particles))
+
+
+def factor_model(dim=200, rank=2):
+    """N(mean, S² (I/2 + V Vᵀ)) with scales S from 0.1 to 10; its log density is normalised."""
+    rng = np.random.default_rng(0)
+    mean, scale = rng.normal(size=dim), np.geomspace(0.1, 10.0, dim)
+    loading = 0.7 * rng.normal(size=(dim, rank))
+    inner = np.linalg.inv(np.eye(rank) + 2.0 * loading.T @ loading)
+    log_det = np.sum(np.log(scale)) + 0.5 * (dim * np.log(0.5) - np.linalg.slogdet(inner)[1])
+
+    def logdensity(x):
+        z = (x - mean) / scale
+        along = z @ loading
+        quadratic = 2.0 * jnp.sum(z * z) - 4.0 * along @ inner @ along
+        return -0.5 * quadratic - log_det - 0.5 * dim * np.log(2 * np.pi)
+
+    return Target(logdensity, dim), mean, scale
+
+
+@pytest.mark.slow
+def test_many_dimensions_need_no_matrices():
+    target, mean, scale = factor_model()
+    scouts = 3.0 * jax.random.normal(jax.random.key(0), (32, target.dim))
+    program = (
+        jax.jit(lambda key: warm_start(key, target, scouts[:4], scouts, jnp.arange(target.dim))[0])
+        .lower(jax.random.key(1))
+        .compile()
+    )
+    whitening = program(jax.random.key(1))
+    assert isinstance(whitening, LowRank)
+    assert jnp.min(whitening.gain[:2]) > 2.0 > jnp.max(whitening.gain[2:])
+    assert max(leaf.size for leaf in jax.tree.leaves(whitening)) <= 16 * target.dim
+    draws = jax.vmap(lambda u: unwhiten(whitening, u)[0])(jax.random.normal(jax.random.key(2), (2000, 200)))
+    assert np.all(np.abs(draws.mean(0) - mean) < 0.3 * scale)
+    # an undone map, and its log-determinant
+    x, log_det = unwhiten(whitening, jnp.arange(200.0) / 100)
+    u, same = invert(whitening, x)
+    np.testing.assert_allclose(u, jnp.arange(200.0) / 100, atol=1e-3)
+    exact = jnp.linalg.slogdet(jax.jacobian(lambda u: unwhiten(whitening, u)[0])(u))[1]
+    np.testing.assert_allclose([log_det, same], [exact, exact], rtol=1e-4)
+    white = whiten(target, whitening)
+    u = jax.random.normal(jax.random.key(3), (4000, 200))
+    log_weight = jax.vmap(white.logdensity_fn)(u) + 0.5 * jnp.sum(u**2, -1) + 100 * np.log(2 * np.pi)
+    print(float(jnp.std(log_weight)), float(ess_fraction(log_weight)), log_evidence(log_weight))
+    assert float(jnp.std(log_weight)) < 3.0  # a map without correlations leaves more than 10
 
 
 @pytest.mark.parametrize("name", LOCAL_KERNELS)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variational inference over whitening maps, from several starts."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,16 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.core.whitening import Whitening, affine, triangular
+from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, triangular, unwhiten
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "diagonal_guesses", "fit", "fit_low_rank"]
 
 _SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations, that makes it a mode
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
 _TEST_STEPS = 64  # sets of noise kept for comparing fits
 _LEAST_GAIN = 1e-5  # nats in one step of a climb, below which, three times in a row, it ends
 _STEP_SIZE = 0.03
+_NARROW = 0.1  # deviations with which a fit without correlations begins at a mode
 _CHUNK = 250  # steps between looks at the ELBOs
 _DECAY_CHUNKS = 3  # over which the step size decays
 _MAX_STEADY_CHUNKS = 8
@@ -107,9 +109,49 @@ def _whitening(guess: Whitening, shape: _Shape) -> Whitening:
     )
 
 
+class _Family(NamedTuple):
+    """A family of maps around a first guess.
+
+    Attributes:
+        blank: ``guess -> shape``, the free parameters that leave a guess as it is, or nearly so.
+        build: ``(guess, shape) -> map``.
+        push: ``(map, u) -> (x, log-determinant)``.
+    """
+
+    blank: Callable[[Any], Any]
+    build: Callable[[Any, Any], Any]
+    push: Callable[[Any, Float[Array, " d"]], tuple[Float[Array, " d"], Float[Array, ""]]]
+
+
+def _blank_shape(guess: Whitening) -> _Shape:
+    vector, matrix = jnp.zeros_like(guess.loc), jnp.zeros_like(guess.scale_tril)
+    return _Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
+
+
+_TRIANGULAR = _Family(_blank_shape, _whitening, triangular)
+
+
+def _low_rank(
+    guess: LowRank, shape: tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, " r"]]
+) -> LowRank:
+    shift, log_std, log_gain = shape
+    return guess._replace(
+        loc=unwhiten(guess, shift)[0],
+        std=guess.std * jnp.exp(log_std),
+        gain=(1.0 + guess.gain) * jnp.exp(log_gain) - 1.0,
+    )
+
+
+_LOW_RANK = _Family(
+    lambda guess: (jnp.zeros_like(guess.loc), jnp.zeros_like(guess.loc), jnp.zeros_like(guess.gain)),
+    _low_rank,
+    unwhiten,
+)
+
+
 def _maximise_elbos(
-    key: Key, logdensity_fn: LogDensity, guesses: Whitening, num_draws: int, num_test: int
-) -> tuple[Whitening, Float[Array, " f"], Float[Array, "f t d"], Int[Array, ""]]:
+    key: Key, logdensity_fn: LogDensity, family: _Family, guesses: Any, num_draws: int, num_test: int
+) -> tuple[Any, Float[Array, " f"], Float[Array, "f t d"], Int[Array, ""]]:
     """Improve several first guesses by stochastic variational inference, side by side.
 
     The step size is constant until the best ELBO stops rising, and then decays. All fits share their
@@ -118,6 +160,7 @@ def _maximise_elbos(
     Args:
         key: random key.
         logdensity_fn: the log density.
+        family: the family of maps.
         guesses: stacked maps, leading axis f.
         num_draws: draws per step of each fit, an even number.
         num_test: draws t that compare the fits.
@@ -128,16 +171,15 @@ def _maximise_elbos(
     num_fits, dim = guesses.loc.shape
     dtype = guesses.loc.dtype
     optimiser = optax.chain(optax.clip_by_global_norm(10.0 * dim**0.5), optax.scale_by_adam())
-    vector, matrix = jnp.zeros((num_fits, dim), dtype), jnp.zeros((num_fits, dim, dim), dtype)
-    shapes = _Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
+    shapes = jax.vmap(family.blank)(guesses)
     key_test, key_noise = jax.random.split(key)
     test_noise = jax.random.normal(key_test, (num_test, dim), dtype)
 
-    def improve(guess: Whitening, shape: _Shape, opt_state, half, rate):  # type: ignore[no-untyped-def]
+    def improve(guess, shape, opt_state, half, rate):  # type: ignore[no-untyped-def]
         u = jnp.concatenate([half, -half])
 
-        def push(shape: _Shape) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
-            return jax.vmap(lambda v: triangular(_whitening(guess, shape), v))(u)
+        def push(shape):  # type: ignore[no-untyped-def]
+            return jax.vmap(lambda v: family.push(family.build(guess, shape), v))(u)
 
         (x, _), pull_back = jax.vjp(push, shape)
         value, score = jax.vmap(jax.value_and_grad(logdensity_fn))(x)
@@ -147,9 +189,9 @@ def _maximise_elbos(
         updates, opt_state = optimiser.update(gradient, opt_state, shape)
         return jax.tree.map(lambda a, b: a - rate * b, shape, updates), opt_state
 
-    def evaluate(guess: Whitening, shape: _Shape):  # type: ignore[no-untyped-def]
-        whitening = _whitening(guess, shape)
-        x, log_det = jax.vmap(lambda v: triangular(whitening, v))(test_noise)
+    def evaluate(guess, shape):  # type: ignore[no-untyped-def]
+        whitening = family.build(guess, shape)
+        x, log_det = jax.vmap(lambda v: family.push(whitening, v))(test_noise)
         value = jax.vmap(logdensity_fn)(x)
         entropy = 0.5 * jnp.sum(test_noise**2, -1) + 0.5 * dim * jnp.log(2 * jnp.pi)
         elbo = jnp.mean(jnp.where(jnp.isfinite(value), value + log_det + entropy, -1e6))
@@ -161,7 +203,7 @@ def _maximise_elbos(
 
         def step(fits, inputs):  # type: ignore[no-untyped-def]
             i, key_i = inputs
-            done = jnp.where(steady, 0.0, _DECAY_CHUNKS - left + i / _CHUNK) / _DECAY_CHUNKS
+            done = jnp.where(steady, 0.0, _DECAY_CHUNKS - 1 - left + i / _CHUNK) / _DECAY_CHUNKS
             rate = _STEP_SIZE * (0.03 + 0.97 * 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
             half = jax.random.normal(key_i, (num_draws // 2, dim), dtype)
             one = lambda guess, shape, opt_state: improve(guess, shape, opt_state, half, rate)  # noqa: E731
@@ -274,4 +316,41 @@ def fit(
     trils = jnp.concatenate([trils, jnp.broadcast_to(jnp.eye(dim), (num, dim, dim))])
     guesses = jax.vmap(lambda loc, tril: affine(loc, tril, order))(locs, trils)
     num_test = _TEST_STEPS * num_draws // 2
-    return _pool(*_maximise_elbos(key, logdensity_fn, guesses, num_draws, num_test))
+    return _pool(*_maximise_elbos(key, logdensity_fn, _TRIANGULAR, guesses, num_draws, num_test))
+
+
+def fit_low_rank(
+    key: Key, target: Target, guesses: LowRank, *, num_draws: int = 16
+) -> tuple[LowRank, Int[Array, ""]]:
+    """Improve low-rank maps by stochastic variational inference, their bases as they are; memory linear in d.
+
+    Args:
+        key: random key.
+        target: the density.
+        guesses: stacked maps, leading axis f.
+        num_draws: draws per step of each fit, an even number.
+
+    Returns:
+        The map of the best ELBO, and the number of target gradients spent.
+    """
+    fits, elbos, _, gradients = _maximise_elbos(
+        key, target.logdensity_fn, _LOW_RANK, guesses, num_draws, num_draws
+    )
+    return jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits), gradients
+
+
+def diagonal_guesses(target: Target, starts: Float[Array, "s d"]) -> LowRank:
+    """Guess maps of rank zero: unit scales at points, and narrow ones where L-BFGS arrives from them.
+
+    Args:
+        target: the density.
+        starts: the points, shape ``[s, d]``.
+
+    Returns:
+        Stacked maps, leading axis 2 s.
+    """
+    tops = jax.vmap(lambda y: _climb(target.logdensity_fn, y, 100))(starts)
+    locs = jnp.concatenate([tops, starts])
+    std = jnp.where(jnp.arange(len(locs)) < len(tops), _NARROW, 1.0)[:, None] * jnp.ones_like(locs)
+    num, dim = locs.shape
+    return LowRank(locs, std, jnp.zeros((num, dim, 0), locs.dtype), jnp.zeros((num, 0), locs.dtype))

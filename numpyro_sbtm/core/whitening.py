@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from numpyro_sbtm.core.target import Target
 
 __all__ = [
+    "LowRank",
     "Margins",
     "Whitening",
     "affine",
@@ -85,6 +86,27 @@ class Whitening(NamedTuple):
     skew: Float[Array, " d"]
     tail: Float[Array, " d"]
     margins: Margins | None = None
+
+
+class LowRank(NamedTuple):
+    """An affine map from u to x = loc + std (u + V (γ Vᵀ u)) that takes memory linear in d.
+
+    Attributes:
+        loc: shape ``[d]``.
+        std: positive, shape ``[d]``.
+        basis: V, with orthonormal columns, shape ``[d, r]``.
+        gain: γ, above -1, shape ``[r]``.
+    """
+
+    loc: Float[Array, " d"]
+    std: Float[Array, " d"]
+    basis: Float[Array, "d r"]
+    gain: Float[Array, " r"]
+
+    @property
+    def margins(self) -> None:
+        """None: there are no margins."""
+        return None
 
 
 def affine(
@@ -208,7 +230,9 @@ def triangular(whitening: Whitening, u: Float[Array, " d"]) -> tuple[Float[Array
     return whitening.loc + whitening.scale_tril @ r, log_det
 
 
-def unwhiten(whitening: Whitening, u: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+def unwhiten(
+    whitening: Whitening | LowRank, u: Float[Array, " d"]
+) -> tuple[Float[Array, " d"], Float[Array, ""]]:
     """Map a whitened point to the target's space.
 
     Args:
@@ -218,6 +242,10 @@ def unwhiten(whitening: Whitening, u: Float[Array, " d"]) -> tuple[Float[Array, 
     Returns:
         The point x, shape ``[d]``, and the log-determinant of dx/du, shape ``[]``.
     """
+    if isinstance(whitening, LowRank):
+        stretched = u + whitening.basis @ (whitening.gain * (whitening.basis.T @ u))
+        log_det = jnp.sum(jnp.log(whitening.std)) + jnp.sum(jnp.log1p(whitening.gain))
+        return whitening.loc + whitening.std * stretched, log_det
     margin, log_slopes = u, jnp.zeros((), u.dtype)
     if whitening.margins is not None:
         margin, log_slopes = _apply_margins(whitening.margins, u)
@@ -225,7 +253,9 @@ def unwhiten(whitening: Whitening, u: Float[Array, " d"]) -> tuple[Float[Array, 
     return jnp.zeros_like(y).at[whitening.order].set(y), log_det + log_slopes
 
 
-def invert(whitening: Whitening, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+def invert(
+    whitening: Whitening | LowRank, x: Float[Array, " d"]
+) -> tuple[Float[Array, " d"], Float[Array, ""]]:
     """Map a point of the target's space to its whitened point: the inverse of `unwhiten`.
 
     Args:
@@ -241,6 +271,11 @@ def invert(whitening: Whitening, x: Float[Array, " d"]) -> tuple[Float[Array, " 
         >>> invert(affine(jnp.ones(2), 3 * jnp.eye(2)), jnp.array([1.0, 4.0]))[0].tolist()
         [0.0, 1.0]
     """
+    if isinstance(whitening, LowRank):
+        z = (x - whitening.loc) / whitening.std
+        shrunk = whitening.gain / (1.0 + whitening.gain) * (whitening.basis.T @ z)
+        u = z - whitening.basis @ shrunk
+        return u, unwhiten(whitening, u)[1]
     r = jax.scipy.linalg.solve_triangular(
         whitening.scale_tril, x[whitening.order] - whitening.loc, lower=True
     )
@@ -256,7 +291,7 @@ def invert(whitening: Whitening, x: Float[Array, " d"]) -> tuple[Float[Array, " 
     return u, unwhiten(whitening, u)[1]
 
 
-def whiten(target: Target, whitening: Whitening) -> Target:
+def whiten(target: Target, whitening: Whitening | LowRank) -> Target:
     """Pull a target back through a whitening: same integral, so the same log Z.
 
     Examples:
