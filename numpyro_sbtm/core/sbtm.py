@@ -27,7 +27,7 @@ _MAX_INVERSION_STEPS = 50
 _INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
 _NUM_PROBES = 1024
 _PATIENCE = 15  # maps without a lower divergence after which no more are made
-_LONGEST_SCORE = 5.0  # per square root of the dimension; that of N(0, I) is about one
+_LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
 _PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
 
@@ -238,7 +238,7 @@ def sbtm(
         scores = jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
         # a few particles on a cliff must not move all others
         norm = jnp.linalg.norm(scores, axis=-1, keepdims=True)
-        return scores * jnp.minimum(1.0, _LONGEST_SCORE * dim**0.5 / jnp.maximum(norm, 1e-9))
+        return scores * jnp.minimum(1.0, _LONGEST_SCORE * jnp.median(norm) / jnp.maximum(norm, 1e-9))
 
     def divergence_at(x: Float[Array, "m d"], log_q: Float[Array, " m"]) -> Float[Array, ""]:
         excess = log_q - jax.vmap(target.logdensity_fn)(x)
