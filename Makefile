@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test test-slow lint types imports doctest
+.PHONY: env demo test test-slow test-long lint types imports doctest
 
 env: $(STAMP)
 
@@ -18,10 +18,13 @@ demo: env
 	$(BIN)/python examples/eight_schools.py --output out
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+test-long: env
+	$(BIN)/python -m pytest -m long
 
 doctest: env
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob='*.md' numpyro_sbtm README.md docs

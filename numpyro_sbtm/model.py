@@ -11,6 +11,7 @@ import optax
 from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
+from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import initialize_model, unconstrain_fn
@@ -131,10 +132,8 @@ def from_model(
         )
     flat = _flat(values)
     starts = flat[num_chains : num_chains + half]
-    try:
-        scouts = _flat(initialise(key_prior, init_to_sample, _NUM_SCOUTS).param_info.z)
-    except RuntimeError:  # no prior draw has a finite density
-        scouts = flat[num_chains + half :]
+    potential_fn = info.potential_fn(*model_args, **model_kwargs)
+    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat[num_chains:])
     positions = jax.tree.map(lambda leaf: leaf[:num_chains], values)
     if init_params is not None:
         expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
@@ -156,8 +155,36 @@ def from_model(
         scouts,
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
-        _together(lambda x: info.potential_fn(*model_args, **model_kwargs)(unravel(x)), starts[0]),
+        _together(lambda x: potential_fn(unravel(x)), starts[0]),
     )
+
+
+def _scouts(
+    key: Key,
+    model: Callable[..., Any],
+    model_args: tuple[Any, ...],
+    model_kwargs: dict[str, Any],
+    potential_fn: Callable[[Any], Float[Array, ""]],
+    values: Any,
+    others: Float[Array, "n d"],
+) -> Float[Array, "m d"]:
+    """Draw from the prior, unconstrained; other points stand in for draws without a finite density."""
+
+    def draw(key: Key) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        seeded = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_sample)
+        sites = handlers.trace(seeded).get_trace(*model_args, **model_kwargs)
+        drawn = {name: sites[name]["value"] for name in values}
+        # seeded, for discrete sites that are summed out elsewhere
+        z = unconstrain_fn(handlers.seed(model, key), model_args, model_kwargs, drawn)
+        z = {name: jnp.asarray(z[name], leaf.dtype).reshape(leaf.shape[1:]) for name, leaf in values.items()}
+        return ravel_pytree(z)[0], potential_fn(z)
+
+    x, energy = jax.jit(jax.vmap(draw))(jax.random.split(key, _NUM_SCOUTS))
+    finite = jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), -1)
+    # the finite draws first, again and again; without one, the other points
+    first = jnp.argsort(~finite)[jnp.arange(_NUM_SCOUTS) % jnp.maximum(jnp.sum(finite), 1)]
+    again = others[jnp.arange(_NUM_SCOUTS) % len(others)]
+    return jnp.where(jnp.any(finite), x[first], again)
 
 
 def guide_moments(
@@ -194,7 +221,8 @@ def guide_moments(
     draws = guide.sample_posterior(
         key_draws, params, *model_args, sample_shape=(_GUIDE_DRAWS,), **model_kwargs
     )
-    values = jax.vmap(lambda sites: unconstrain_fn(model, model_args, model_kwargs, sites))(draws)
+    seeded = handlers.seed(model, key_draws)  # for discrete sites that are summed out elsewhere
+    values = jax.vmap(lambda sites: unconstrain_fn(seeded, model_args, model_kwargs, sites))(draws)
     x = _flat(values)
     cov = jnp.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])
     loc, tril = jnp.mean(x, 0), jnp.linalg.cholesky(cov)

@@ -68,7 +68,7 @@ def test_bayes_factor_of_nested_regressions(kind):
 
 
 # ------------------------------------------------------------------ coverage
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["eight schools, non-centred", "regression", "nine modes"])
 def test_error_bars_cover_the_log_evidence(name, compiled_once):
     problem = PROBLEMS[name]()
@@ -96,7 +96,7 @@ def hierarchy(y=None):
         numpyro.sample("y", dist.Normal(theta, 0.5), obs=y)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_simulation_based_calibration():
     """Ranks of the true parameters among posterior draws are uniform (Talts et al. 2018)."""
 

@@ -52,10 +52,10 @@ def run(kernel, target, correction, local=None, num_samples=5000):
     [
         ("dis", "correlated", "hmc"),
         ("dis", "two_modes", None),
-        ("dis", "two_modes", "nuts"),
+        pytest.param("dis", "two_modes", "nuts", marks=pytest.mark.slow),
         ("sbtm", "correlated", "mala"),
         ("sbtm", "two_modes", None),
-        ("sbtm", "two_modes", "hmc"),
+        pytest.param("sbtm", "two_modes", "hmc", marks=pytest.mark.slow),
     ],
 )
 def test_barely_trained_chains_are_exact(kernel, name, local):

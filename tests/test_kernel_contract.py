@@ -161,6 +161,7 @@ def test_forward_mode_differentiates_while_loops(kind):
     assert abs(np.mean(x) - 1.0) < 5 * error
 
 
+@pytest.mark.slow
 def test_dcc_takes_the_kernel_for_stochastic_support():
     def model():
         branch = numpyro.sample("branch", dist.Bernoulli(0.5), infer={"branching": True})

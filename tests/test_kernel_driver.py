@@ -34,6 +34,8 @@ Y = np.array([1.0, 0.5, 2.0], np.float32)
 TRACES = Counter()
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
+# where the code under test is the same for both, the second is left to the slow tests
+one_kind_quickly = pytest.mark.parametrize("kind", ["dis", pytest.param("sbtm", marks=pytest.mark.slow)])
 
 
 def make(kind, model=None, **options):
@@ -229,7 +231,7 @@ def test_pickled_runs_and_kernels_go_on(trained):
 
 
 # ------------------------------------------------------------------ arguments, transformations
-@both_kinds
+@one_kind_quickly
 def test_jitted_arguments_give_each_data_set_its_posterior(kind):
     kernel = make(kind, model, learning_rate=1e-2)
     mcmc = MCMC(kernel, num_warmup=100, num_samples=4000, progress_bar=True, jit_model_args=True)
@@ -243,7 +245,7 @@ def test_jitted_arguments_give_each_data_set_its_posterior(kind):
         assert abs(mu.mean() - y.sum() / 2) < 5 * error
 
 
-@both_kinds
+@one_kind_quickly
 def test_simulation_based_calibration_in_jit_and_vmap(kind):
     num_sims, num_draws = 64, 60
 
@@ -262,7 +264,7 @@ def test_simulation_based_calibration_in_jit_and_vmap(kind):
     assert abs(ranks.mean() - 0.5) < 5 * np.sqrt(1 / 4 / num_sims)
 
 
-@both_kinds
+@one_kind_quickly
 @pytest.mark.parametrize("shared", [True, False])
 def test_tracers_do_not_leak(kind, shared):
     # of the kernel; `MCMC` under `jit` leaves tracers in JAX's caches, with NUTS too
