@@ -74,7 +74,8 @@ def features(samples):
     return np.asarray(jnp.concatenate(parts, -1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Continuous inference poorly handles circular:UserWarning")
 @pytest.mark.parametrize("kind", KERNELS)
 def test_supports_against_nuts_and_exact_answers(kind):
     mcmc = run(KERNELS[kind](every_support), warmup=WARMUP[kind])
@@ -111,7 +112,7 @@ def regression(y, x, num_slopes):
     "make_guide",
     [
         AutoMultivariateNormal,
-        *(pytest.param(guide, marks=pytest.mark.slow) for guide in (AutoNormal, AutoBNAFNormal)),
+        *(pytest.param(guide, marks=pytest.mark.long) for guide in (AutoNormal, AutoBNAFNormal)),
     ],
 )
 def test_guides_precondition(make_guide):
@@ -164,7 +165,7 @@ def test_large_data_is_evaluated_a_few_points_at_a_time():
 
 
 # ------------------------------------------------------------------ downstream
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["dis"])
 def test_arviz_compares_models(kind):
