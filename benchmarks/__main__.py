@@ -55,13 +55,7 @@ def main():
             print(suite.table_line(row), flush=True)
             if args.output:
                 with args.output.open("a") as lines:
-                    row = {
-                        "suite": args.suite,
-                        "problem": problem,
-                        "sampler": sampler,
-                        "seed": args.seed,
-                        **row,
-                    }
+                    row = {"suite": args.suite, "seed": args.seed, **row}
                     lines.write(json.dumps(row | origin) + "\n")
 
 

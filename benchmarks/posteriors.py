@@ -26,7 +26,7 @@ from numpyro_sbtm.warm_start import tempered_particles
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import eight_schools
 
-__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "table_line"]
+__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "regression", "table_line"]
 
 NUM_CHAINS, NUM_DRAWS = 4, 1000
 
@@ -55,16 +55,17 @@ def schools(model):
     )
 
 
-def regression():
-    """Thirty rows, three slopes with N(0, 4) priors, unit noise."""
+def regression(num_slopes=3):
+    """Thirty rows made with three slopes, N(0, 4) priors for the first of them, unit noise."""
     x = np.random.default_rng(0).normal(size=(30, 3))
     y = x @ np.array([1.0, -1.0, 0.2]) + np.random.default_rng(1).normal(size=30)
+    x = x[:, :num_slopes]
 
     def model(y, x):
-        slope = numpyro.sample("slope", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+        slope = numpyro.sample("slope", dist.Normal(0.0, 2.0).expand([x.shape[1]]).to_event(1))
         numpyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
 
-    cov = np.linalg.inv(x.T @ x + np.eye(3) / 4)
+    cov = np.linalg.inv(x.T @ x + np.eye(num_slopes) / 4)
     log_z = multivariate_normal(np.zeros(30), np.eye(30) + 4.0 * x @ x.T).logpdf(y)
     features = lambda draws: np.asarray(draws["slope"])  # noqa: E731
     return Problem(model, (y, x), features, cov @ x.T @ y, np.sqrt(np.diag(cov)), log_z)

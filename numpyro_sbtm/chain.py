@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.diagnostics import psis_weights
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,6 +16,7 @@ from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, unwhiten, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
+from numpyro_sbtm.psis import tail_index
 from numpyro_sbtm.warm_start import warm_start
 
 __all__ = [
@@ -206,15 +206,10 @@ def learned_chain(
                 key_adapt, white.logdensity_fn, points[:: max(1, len(points) // _NUM_ADAPTING)]
             )
         log_weight = clean(log_weight)
-        # weights of zero belong to no tail
-        _, khat = psis_weights(jnp.maximum(log_weight, jnp.max(log_weight) - 50.0))
-        # equal weights have no tail either
-        khat = jnp.where(jnp.isfinite(khat), khat, jnp.where(jnp.ptp(log_weight) < 1e-4, -jnp.inf, jnp.inf))
         # neighbours among tempered particles descend from one another: take them evenly spaced
         kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
-        fraction, khat, step_size = (
-            value.astype(dtype) for value in (ess_fraction(log_weight), khat, step_size)
-        )
+        found = ess_fraction(log_weight), tail_index(log_weight), step_size
+        fraction, khat, step_size = (value.astype(dtype) for value in found)
         gradients = gradients.astype(jnp.int32)
         return WarmStart(whitening, reference, kept, fraction, khat, step_size, gradients)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC
@@ -17,6 +16,7 @@ from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+from numpyro_sbtm.psis import tail_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ Verdict = Literal["reliable", "caution", "unreliable"]
 # limits for "reliable" and for "caution" of what is bad when large; shares that are bad when small enter
 # with a minus sign
 _MAX_KHAT = (0.7, 1.0)
-_NEARLY_EQUAL = 0.9  # effective fraction above which the tail of the weights is too light to matter below 1
+_NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
 _MIN_ACCEPTANCE = (-0.2, -0.05)
 _MIN_ESS = (-0.1, -0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
@@ -55,16 +55,7 @@ def pareto_khat(log_weight: Float[Array, " n"]) -> float:
         >>> pareto_khat(0.1 * jax.random.normal(jax.random.key(0), (1000,))) < 0.5
         True
     """
-    weight = np.asarray(log_weight)
-    alive = weight[np.isfinite(weight)]
-    if alive.size < 25:
-        return float("inf")
-    if np.ptp(alive) < 1e-4:
-        return float("-inf")
-    # weights of zero are kept, far below the rest: they do not belong to the tail
-    floor = alive.max() - 700.0 if weight.dtype == np.float64 else alive.max() - 80.0
-    _, khat = psis_weights(jnp.asarray(np.where(np.isfinite(weight), weight, floor)))
-    return float(khat) if np.isfinite(khat) else float("inf")
+    return float(tail_index(jnp.asarray(log_weight)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,8 @@ class Report:
         verdict: "reliable", "caution" or "unreliable".
         advice: one line: why, and what to try next.
         acceptance: mean acceptance probability of the Metropolis steps, over all chains.
-        khat: Pareto k̂ of the weights of fresh proposals.
+        khat: Pareto k̂ of the weights of fresh proposals; judged only where the effective fraction is below 0.9,
+            above which it is noise.
         ess_fraction: effective sample fraction of fresh proposals.
         log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
         log_evidence_se: its standard error.
@@ -273,7 +265,7 @@ def _judge(
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
     rhat = max_rhat if np.isfinite(max_rhat) else 1.0
-    khat_limits = (_MAX_KHAT[1], _MAX_KHAT[1]) if fraction > _NEARLY_EQUAL else _MAX_KHAT
+    khat_limits = (np.inf, np.inf) if fraction > _NEARLY_EQUAL else _MAX_KHAT
     faults: list[tuple[float, tuple[float, float], str]] = [
         # badness, its limits for "reliable" and for "caution", what is wrong and the cure
         (

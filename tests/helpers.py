@@ -4,11 +4,30 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer import MCMC
 
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel
 from numpyro_sbtm.core import Net, dis
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian, gaussian_mixture
+
+KERNELS = {"dis": LogVarianceDISKernel, "sbtm": SBTMKernel}
+
+
+def run_chains(kernel, *args, warmup, samples=1000, seed=0, **kwargs):
+    """Run a kernel with four vectorised chains."""
+    mcmc = MCMC(
+        kernel,
+        num_warmup=warmup,
+        num_samples=samples,
+        num_chains=4,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(seed), *args, **kwargs)
+    return mcmc
+
 
 STILL = Net(
     lambda key, dim: jnp.zeros(0),

@@ -2,12 +2,11 @@
 """Both kernels, as a user meets them, on both forms of eight schools against quadrature."""
 
 import eight_schools
-import jax
 import numpy as np
 import pytest
-from numpyro.infer import MCMC
+from helpers import KERNELS, run_chains
 
-from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm import report
 
 # kernel, model, warm-up, limits: moments in sds, acceptance, standard error of the log evidence
 ROWS = [
@@ -16,7 +15,6 @@ ROWS = [
     ("sbtm", eight_schools.noncentred, 300, 0.1, 0.0, 0.05),
     ("sbtm", eight_schools.centred, 300, 0.2, 0.0, np.inf),
 ]
-KERNELS = {"dis": LogVarianceDISKernel, "sbtm": SBTMKernel}
 
 
 def test_quadrature_has_converged():
@@ -31,15 +29,8 @@ def test_quadrature_has_converged():
 @pytest.mark.parametrize("kernel, model, num_warmup, moments, acceptance, error", ROWS)
 def test_figures_of_eight_schools(kernel, model, num_warmup, moments, acceptance, error):
     exact = eight_schools.quadrature()
-    mcmc = MCMC(
-        KERNELS[kernel](model),
-        num_warmup=num_warmup,
-        num_samples=1000,
-        num_chains=4,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(jax.random.key(0), eight_schools.Y, eight_schools.SIGMA)
+    data = eight_schools.Y, eight_schools.SIGMA
+    mcmc = run_chains(KERNELS[kernel](model), *data, warmup=num_warmup)
     x = eight_schools.parameters(mcmc.get_samples())
     found = report(mcmc)
     print(f"\n{kernel} {model.__name__}\n{found}")

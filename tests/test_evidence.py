@@ -7,14 +7,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from helpers import KERNELS, run_chains
 from numpyro.infer import MCMC
-from scipy.stats import chisquare, multivariate_normal
+from scipy.stats import chisquare
 
-from benchmarks.posteriors import PROBLEMS
-from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from benchmarks.posteriors import PROBLEMS, regression
+from numpyro_sbtm import LogVarianceDISKernel, report
 from numpyro_sbtm.core.weights import log_evidence
 
-KERNELS = {"dis": LogVarianceDISKernel, "sbtm": SBTMKernel}
 NUM_SEEDS, NUM_COVERED = 40, 38
 NUM_SIMULATIONS, NUM_BINS = 200, 10
 
@@ -28,39 +28,14 @@ def compiled_once(tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-def run(kind, model, *args, seed=0, warmup=200, samples=100):
-    mcmc = MCMC(
-        KERNELS[kind](model),
-        num_warmup=warmup,
-        num_samples=samples,
-        num_chains=4,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(jax.random.key(seed), *args)
-    return mcmc
-
-
 # ------------------------------------------------------------------ regressions
-COVARIATES = np.array(jax.random.normal(jax.random.key(0), (30, 3)))
-RESPONSE = COVARIATES @ np.array([1.0, -1.0, 0.2]) + np.array(jax.random.normal(jax.random.key(1), (30,)))
-
-
-def regression(y, x):
-    slope = numpyro.sample("slope", dist.Normal(0.0, 2.0).expand([x.shape[1]]).to_event(1))
-    numpyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
-
-
-def regression_log_evidence(y, x):
-    return multivariate_normal(np.zeros(len(y)), np.eye(len(y)) + 4.0 * x @ x.T).logpdf(y)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KERNELS)
 def test_bayes_factor_of_nested_regressions(kind):
-    designs = COVARIATES[:, :2], COVARIATES
-    found = [report(run(kind, regression, RESPONSE, x)) for x in designs]
-    exact = [regression_log_evidence(RESPONSE, x) for x in designs]
+    problems = [regression(num_slopes) for num_slopes in (2, 3)]
+    options = {"warmup": 200, "samples": 100}
+    found = [report(run_chains(KERNELS[kind](each.model), *each.args, **options)) for each in problems]
+    exact = [each.log_evidence for each in problems]
     error = np.hypot(*(each.log_evidence_se for each in found))
     assert error < 0.02
     assert abs((found[1].log_evidence - found[0].log_evidence) - (exact[1] - exact[0])) < 3 * error + 1e-4

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tail index of importance weights, in JAX."""
+
+import jax.numpy as jnp
+from blackjax.diagnostics import psis_weights
+from jaxtyping import Array, Float
+
+__all__ = ["tail_index"]
+
+_FEWEST = 25  # positive weights that have a tail
+_EQUAL = 1e-4  # range of log weights below which they count as equal
+
+
+def tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
+    """Fit the tail of the weights: Pareto k̂. May be traced.
+
+    Args:
+        log_weight: shape ``[n]``; one that is not finite is a weight of zero.
+
+    Returns:
+        k̂, shape ``[]``; infinity if too few weights are positive or the fit fails, minus infinity if those
+        that are positive are equal.
+
+    Reference:
+        Vehtari et al. (2024), Pareto smoothed importance sampling, JMLR 25.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.psis import tail_index
+        >>> bool(tail_index(0.1 * jax.random.normal(jax.random.key(0), (1000,))) < 0.5)
+        True
+        >>> float(tail_index(jnp.zeros(100)))
+        -inf
+    """
+    alive = jnp.isfinite(log_weight)
+    largest = jnp.max(jnp.where(alive, log_weight, -jnp.inf))
+    spread = largest - jnp.min(jnp.where(alive, log_weight, jnp.inf))
+    # weights of zero are kept, far below the rest: they do not belong to the tail
+    floor = largest - (700.0 if log_weight.dtype == jnp.float64 else 80.0)
+    _, khat = psis_weights(jnp.where(alive, log_weight, floor))
+    khat = jnp.where(jnp.isfinite(khat), khat, jnp.inf)
+    khat = jnp.where(spread < _EQUAL, -jnp.inf, khat)
+    return jnp.where(jnp.sum(alive) < _FEWEST, jnp.inf, khat)
