@@ -66,8 +66,8 @@ class Report:
         verdict: "reliable", "caution" or "unreliable".
         advice: one line: why, and what to try next.
         acceptance: mean acceptance probability of the Metropolis steps, over all chains.
-        khat: Pareto k̂ of the weights of fresh proposals; judged only where the effective fraction is below 0.9,
-            above which it is noise.
+        khat: Pareto k̂ of the weights of fresh proposals; above an effective fraction of 0.9 it is not
+            judged, being noise there.
         ess_fraction: effective sample fraction of fresh proposals.
         log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
         log_evidence_se: its standard error.
