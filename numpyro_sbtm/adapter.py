@@ -108,6 +108,7 @@ class LearnedKernel(MCMCKernel):
         block_size: int,
         steps_per_draw: int,
         local_kernel: str | None,
+        smc_particles: int,
         forward_mode_differentiation: bool,
         init_strategy: Callable[..., Any],
     ) -> None:
@@ -129,9 +130,13 @@ class LearnedKernel(MCMCKernel):
                 "`precondition` is an AutoGuide, which needs a `model`, but a `potential_fn` was given. "
                 "Pass 'auto' or a pair `(loc, scale_tril)`."
             )
-        for name, value in {"block_size": block_size, "steps_per_draw": steps_per_draw}.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name, value, least in (
+            ("block_size", block_size, 1),
+            ("steps_per_draw", steps_per_draw, 1),
+            ("smc_particles", smc_particles, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         self._model = model
         self._potential_fn = potential_fn
         self._precondition = precondition
@@ -140,6 +145,7 @@ class LearnedKernel(MCMCKernel):
         self._block_size = block_size
         self._steps_per_draw = steps_per_draw
         self._local_kernel = local_kernel
+        self._smc_particles = smc_particles
         self._forward_mode = forward_mode_differentiation
         self._init_strategy = init_strategy
         self._ensemble = False
@@ -211,7 +217,7 @@ class LearnedKernel(MCMCKernel):
         if single or self._shared:
             chains = () if single else (len(rng_key),)
             key = rng_key if single else rng_key[0]
-            return self._init_system(key, num_warmup, init_params, model_args, kwargs, chains)
+            return self._init_system(key, num_warmup, init_params, model_args, kwargs, chains, ensembles=True)
         states = [
             self._init_system(
                 key,
@@ -220,6 +226,7 @@ class LearnedKernel(MCMCKernel):
                 model_args,
                 kwargs,
                 (),
+                ensembles=False,  # batched, a choice between two ways to propose would always take both
             )
             for c, key in enumerate(rng_key)
         ]
@@ -309,6 +316,8 @@ class LearnedKernel(MCMCKernel):
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any],
         chains: tuple[int, ...],
+        *,
+        ensembles: bool,
     ) -> KernelState:
         """Make the state of one trained sampler, and the functions that advance it."""
         key_init, key_state = jax.random.split(rng_key)
@@ -359,6 +368,7 @@ class LearnedKernel(MCMCKernel):
             corrected=self._correction is not None,
             block_size=self._block_size,
             steps_per_draw=self._steps_per_draw,
+            ensembles=ensembles,
             local=None if self._local_kernel is None else local_move(self._local_kernel),
             forward_mode=self._forward_mode,
         )

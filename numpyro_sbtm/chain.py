@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.algorithm import Algorithm, Ensemble
 from numpyro_sbtm.core.mixture import Mixture, normal
-from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.core.target import Key, Target, after
 from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, unwhiten, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
-from numpyro_sbtm.psis import tail_index
+from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
 from numpyro_sbtm.warm_start import warm_start
 
 __all__ = [
@@ -75,6 +75,7 @@ class Training(NamedTuple):
     loss: Float[Array, " num_warmup"]
     skipped_updates: Int[Array, ""]
     gradients: Int[Array, ""]
+    ensemble: Bool[Array, ""]
 
 
 class Proposals(NamedTuple):
@@ -117,8 +118,8 @@ A NamedTuple with the fields
  - **log_mean_inverse_weight** - log of the mean of 1/w over the states since the end of warm-up; for exact
    chains minus it is an estimate of the log evidence, from the posterior's side.
  - **training** - the warm start, trained parameters, whether training is finished and after how many
-   steps, loss of every warm-up step, updates skipped because their gradient was not finite, and target
-   gradients spent.
+   steps, loss of every warm-up step, updates skipped because their gradient was not finite, target
+   gradients spent, and whether each proposal is chosen among several, as found at the first draw.
  - **block** - fresh proposals, some consumed for every draw.
  - **rng_key** - random key.
 """
@@ -152,6 +153,7 @@ def learned_chain(
     corrected: bool,
     block_size: int,
     steps_per_draw: int,
+    ensembles: bool,
     local: LocalMove | None,
     forward_mode: bool,
 ) -> LearnedChain:
@@ -168,6 +170,7 @@ def learned_chain(
         corrected: whether a Metropolis step corrects the proposals.
         block_size: about how many proposals to make at a time.
         steps_per_draw: Metropolis steps, each with its own proposal, per draw.
+        ensembles: whether proposals may be chosen among several each, should single ones be poor.
         local: the local move after them, or None.
         forward_mode: differentiate the model in forward mode.
 
@@ -180,6 +183,7 @@ def learned_chain(
     rounds = max(1, block_size // (num_chains * steps_per_draw))
     size = rounds * steps_per_draw * num_chains
     shape = (rounds, steps_per_draw, *chains)
+    ensembles = ensembles and problem.small
 
     def target_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Target:
         return Target(logdensity(problem, args, kwargs, forward_mode), dim)
@@ -203,7 +207,9 @@ def learned_chain(
         step_size = jnp.zeros((), dtype)
         if local is not None:
             step_size = local.adapt(
-                key_adapt, white.logdensity_fn, points[:: max(1, len(points) // _NUM_ADAPTING)]
+                after(key_adapt, log_weight),
+                white.logdensity_fn,
+                points[:: max(1, len(points) // _NUM_ADAPTING)],
             )
         log_weight = clean(log_weight)
         # neighbours among tempered particles descend from one another: take them evenly spaced
@@ -235,10 +241,23 @@ def learned_chain(
         training = jax.lax.cond(state.training.finished, lambda training: training, work, state.training)
         return state._replace(training=training, rng_key=rng_key)
 
+    def sampler(
+        training: Training,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        use: Callable[[Algorithm | Ensemble], Any],
+    ) -> Any:
+        """Use the trained algorithm, or its ensemble where single draws were found to be poor."""
+        algorithm = algorithm_of(training.warm, args, kwargs)
+        ensemble = algorithm.ensemble
+        if not ensembles or ensemble is None:
+            return use(algorithm)
+        return jax.lax.cond(training.ensemble, lambda: use(ensemble), lambda: use(algorithm))
+
     def propose(
         key: Key, training: Training, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Proposals:
-        draws = algorithm_of(training.warm, args, kwargs).draw(key, training.algorithm, n)
+        draws = sampler(training, args, kwargs, lambda one: one.draw(key, training.algorithm, n))
         x, log_det = jax.vmap(lambda u: unwhiten(training.warm.whitening, u))(draws.x)
         usable = jnp.isfinite(draws.log_weight) & jnp.all(jnp.isfinite(x), -1)
         return Proposals(
@@ -270,7 +289,7 @@ def learned_chain(
         warm = training.warm
         logdensity_fn = whiten(target_of(args, kwargs), warm.whitening).logdensity_fn
         u, value, _ = local.step(key_move, logdensity_fn, invert(warm.whitening, x)[0], warm.step_size)
-        fresh = algorithm_of(warm, args, kwargs).weigh(key_weight, training.algorithm, u)
+        fresh = sampler(training, args, kwargs, lambda one: one.weigh(key_weight, training.algorithm, u))
         moved, log_det = unwhiten(warm.whitening, u)
         good = jnp.isfinite(fresh) & jnp.isfinite(value) & jnp.all(jnp.isfinite(moved))
         return (
@@ -281,17 +300,25 @@ def learned_chain(
 
     def draw(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
         rng_key, key_block, key_start, key_accept, key_local = jax.random.split(state.rng_key, 5)
-        training, drawn = state.training, state.i - num_warmup
+        drawn = state.i - num_warmup
 
-        def refill(k: Int[Array, ""], blocks: tuple[Proposals, Proposals]) -> tuple[Proposals, Proposals]:
+        def refill(carry):  # type: ignore[no-untyped-def]
+            k, times, ensemble, block, _ = carry
             key = jax.random.fold_in(key_block, k)
-            flat = propose(key, training, size, args, kwargs)
+            flat = propose(key, state.training._replace(ensemble=ensemble), size, args, kwargs)
             new = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
-            return new, blocks[0]
+            if ensembles:  # the very first block decides; if it is poor, it is not used
+                weight = clean(flat.log_weight)
+                poor = (tail_index(weight) > USABLE_KHAT) & (ess_fraction(weight) < NEARLY_EQUAL)
+                switch = poor & (drawn == 0) & (k == 0)
+                ensemble, times = ensemble | switch, times + switch
+            return k + 1, times, ensemble, new, block
 
         # at the first draw two blocks: one for the chains' first states, one for what is proposed
-        times = jnp.where(drawn == 0, 2, jnp.where(drawn % rounds == 0, 1, 0))
-        block, seeds = jax.lax.fori_loop(0, times, refill, (state.block, state.block))
+        times = jnp.where(drawn == 0, 2, jnp.where(drawn % rounds == 0, 1, 0)).astype(jnp.int32)
+        carry = jnp.zeros((), jnp.int32), times, state.training.ensemble, state.block, state.block
+        _, _, ensemble, block, seeds = jax.lax.while_loop(lambda carry: carry[0] < carry[1], refill, carry)
+        training = state.training._replace(ensemble=ensemble)
 
         def first() -> tuple[Float[Array, "*c d"], Float[Array, "*c"], Float[Array, "*c"]]:
             flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(shape) :]), seeds)
@@ -345,6 +372,7 @@ def learned_chain(
             nonfinite_proposals=state.nonfinite_proposals + jnp.sum(~finite, 0, dtype=jnp.int32),
             log_mean_inverse_weight=jnp.logaddexp(state.log_mean_inverse_weight + jnp.log(drawn), -log_weight)
             - jnp.log(drawn + 1),
+            training=training,
             block=block,
             rng_key=rng_key,
         )
@@ -377,6 +405,7 @@ def learned_chain(
             loss=jnp.full(num_warmup, jnp.nan, dtype),
             skipped_updates=zero,
             gradients=warm.gradients,
+            ensemble=jnp.zeros((), bool),
         )
         # filled at the first draw; only its shapes are needed before
         block = jax.eval_shape(lambda: propose(key, training, size, model_args, model_kwargs))

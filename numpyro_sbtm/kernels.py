@@ -38,6 +38,10 @@ _COMMON = """
         local_kernel: a local move that ends every draw and leaves the posterior invariant: 'hmc' (8 leapfrog
             steps), 'mala', 'nuts', or None. Proposals travel between modes; it repairs what they get
             wrong within one.
+        smc_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
+            many, with their mean weight: for diffusions by a particle filter along the paths, for transport
+            among independent draws. Draws stay exact and cost as many times more; below two: never. It is not
+            done for large data, nor with ``shared=False``.
         forward_mode_differentiation: differentiate the model in forward mode, for ``while_loop``.
         init_strategy: one of NumPyro's initialisation strategies.
 """
@@ -99,6 +103,7 @@ class LogVarianceDISKernel(LearnedKernel):
         block_size: int = 4096,
         steps_per_draw: int = 4,
         local_kernel: str | None = "hmc",
+        smc_particles: int = 16,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
@@ -111,6 +116,7 @@ class LogVarianceDISKernel(LearnedKernel):
             block_size=block_size,
             steps_per_draw=steps_per_draw,
             local_kernel=local_kernel,
+            smc_particles=smc_particles,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
@@ -129,7 +135,14 @@ class LogVarianceDISKernel(LearnedKernel):
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
         process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
         return diffusion(
-            target, process, net, log_variance(), optimiser, endpoints=warm.points, **self._sizes
+            target,
+            process,
+            net,
+            log_variance(),
+            optimiser,
+            endpoints=warm.points,
+            smc_particles=self._smc_particles,
+            **self._sizes,
         )
 
 
@@ -195,6 +208,7 @@ class SBTMKernel(LearnedKernel):
         block_size: int = 4096,
         steps_per_draw: int = 4,
         local_kernel: str | None = "hmc",
+        smc_particles: int = 16,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
@@ -207,6 +221,7 @@ class SBTMKernel(LearnedKernel):
             block_size=block_size,
             steps_per_draw=steps_per_draw,
             local_kernel=local_kernel,
+            smc_particles=smc_particles,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
@@ -242,6 +257,7 @@ class SBTMKernel(LearnedKernel):
             steps_per_map=num_warmup // num_maps,
             duration=self._duration,
             base=warm.reference._replace(std=scale * warm.reference.std),
+            smc_particles=self._smc_particles,
             **self._sizes,
         )
 

@@ -55,6 +55,11 @@ class Problem(NamedTuple):
     unravel: Callable[[Float[Array, " d"]], Any]
     together: int
 
+    @property
+    def small(self) -> bool:
+        """Whether the density makes no large arrays: many points are then evaluated at once."""
+        return self.together >= _MAX_TOGETHER
+
 
 def _flat(values: Any) -> Float[Array, "n d"]:
     return jax.vmap(lambda value: ravel_pytree(value)[0])(values)
@@ -310,7 +315,7 @@ def logdensity(
     def evaluate(x: Float[Array, " d"]) -> Float[Array, ""]:
         return -potential(problem.unravel(x))
 
-    if problem.together >= _MAX_TOGETHER and not forward_mode:
+    if problem.small and not forward_mode:
         return evaluate
 
     def with_score(x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
@@ -319,7 +324,7 @@ def logdensity(
         return jax.value_and_grad(evaluate)(x)
 
     value, value_and_score = evaluate, with_score
-    if problem.together < _MAX_TOGETHER:
+    if not problem.small:
         value, value_and_score = (_in_batches(f, problem.together) for f in (evaluate, with_score))
     differentiable = jax.custom_vjp(value)
     differentiable.defvjp(value_and_score, lambda score, cotangent: (cotangent * score,))

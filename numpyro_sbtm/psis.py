@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float
 
-__all__ = ["tail_index"]
+__all__ = ["NEARLY_EQUAL", "USABLE_KHAT", "tail_index"]
 
+USABLE_KHAT = 0.7  # above it the mean weight has no usable error bar
+NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
 _FEWEST = 25  # positive weights that have a tail
 _EQUAL = 1e-4  # range of log weights below which they count as equal
 

@@ -16,7 +16,7 @@ from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.psis import tail_index
+from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +27,7 @@ Verdict = Literal["reliable", "caution", "unreliable"]
 
 # limits for "reliable" and for "caution" of what is bad when large; shares that are bad when small enter
 # with a minus sign
-_MAX_KHAT = (0.7, 1.0)
-_NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
+_MAX_KHAT = (USABLE_KHAT, 1.0)
 _MIN_ACCEPTANCE = (-0.2, -0.05)
 _MIN_ESS = (-0.1, -0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
@@ -83,6 +82,8 @@ class Report:
             NaN for steps that were not needed.
         training_steps: warm-up steps after which training gained nothing more and stopped.
         skipped_updates: updates left out because their gradient was not finite.
+        ensemble: whether every proposal was chosen among several, because single ones had a bad k̂ (see the
+            kernels' ``smc_particles``); the verdict is then "caution" at best.
         nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
         not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
         gradients: gradients of the target spent in the warm start and in training.
@@ -105,6 +106,7 @@ class Report:
     training: np.ndarray
     training_steps: int
     skipped_updates: int
+    ensemble: bool
     nonfinite_proposals: int
     not_one_to_one: float
     gradients: int
@@ -131,6 +133,8 @@ class Report:
             ("non-finite proposals", f"{self.nonfinite_proposals}"),
             ("target gradients in warm-up", f"{self.gradients:,}"),
         ]
+        if self.ensemble:
+            rows.append(("proposals", "each chosen among several (`smc_particles`)"))
         if self.not_one_to_one > 0:
             rows.append(("maps perhaps not one-to-one", f"{self.not_one_to_one:.2%} of proposals"))
         lines = [f"{name:<33}{value}" for name, value in rows]
@@ -213,8 +217,17 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     if kernel.correction is not None:
         inverse = np.ravel(np.asarray(state.log_mean_inverse_weight))
         backward = -float(np.logaddexp.reduce(inverse) - np.log(inverse.size))
+    ensemble = bool(np.any(np.asarray(state.training.ensemble)))
     verdict, advice = _judge(
-        kernel.correction, khat, acceptance, fraction, 1.0 - finite.mean(), folded, max_rhat, backward - log_z
+        kernel.correction,
+        ensemble,
+        khat,
+        acceptance,
+        fraction,
+        1.0 - finite.mean(),
+        folded,
+        max_rhat,
+        backward - log_z,
     )
     return Report(
         verdict=verdict,
@@ -232,6 +245,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         training=np.asarray(state.training.loss),
         training_steps=int(np.max(np.asarray(state.training.num_steps))),
         skipped_updates=int(np.sum(np.asarray(state.training.skipped_updates))),
+        ensemble=ensemble,
         nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
         not_one_to_one=folded,
         gradients=int(np.sum(np.asarray(state.training.gradients))),
@@ -254,6 +268,7 @@ def _max_rhat(samples: Any) -> float:
 
 def _judge(
     correction: str | None,
+    ensemble: bool,
     khat: float,
     acceptance: float,
     fraction: float,
@@ -265,7 +280,7 @@ def _judge(
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
     rhat = max_rhat if np.isfinite(max_rhat) else 1.0
-    khat_limits = (np.inf, np.inf) if fraction > _NEARLY_EQUAL else _MAX_KHAT
+    khat_limits = (np.inf, np.inf) if fraction > NEARLY_EQUAL else _MAX_KHAT
     faults: list[tuple[float, tuple[float, float], str]] = [
         # badness, its limits for "reliable" and for "caution", what is wrong and the cure
         (
@@ -301,6 +316,8 @@ def _judge(
         for badness, limits, words in faults:
             if not badness <= limits[column]:
                 return grade, words
+    if ensemble:
+        return "caution", f"single proposals had a heavy tail, and each is now chosen among several; {longer}"
     if correction is None:
         return "caution", "raw draws are not exact; weigh them, or use correction='metropolis'"
     return "reliable", "draws are reliable"

@@ -36,6 +36,8 @@ _DENSE = 128  # dimensions up to which there are matrices
 _RANK, _SUBSPACE_STEPS = 16, 20
 _MOVES, _LEAPS = 3, 8  # HMC transitions per temperature, leapfrog steps of each
 _TARGET_ACCEPTANCE = 0.7
+_SMALLEST_STEP = 0.1  # step sizes of HMC vary by this factor, so that some particles enter narrow places
+_LAST_ROUNDS = 5  # of moves at the target itself
 
 
 def tempered_particles(
@@ -43,8 +45,8 @@ def tempered_particles(
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
-    Temperatures keep the effective sample size of every reweighting at 0.7 of the particles; the step
-    size follows the acceptance rate. A log density that is not finite counts as very low.
+    Temperatures keep the effective sample size of every reweighting at 0.7 of the particles. Step sizes
+    are random, and follow the acceptance rate. A log density that is not finite counts as very low.
 
     Args:
         key: random key.
@@ -75,7 +77,7 @@ def tempered_particles(
         value = target.logdensity_fn(x) - base.log_prob(x)
         return jnp.where(jnp.isfinite(value), value, -1e30)
 
-    key_start, key_loop = jax.random.split(key)
+    key_start, key_loop, key_steps = jax.random.split(key, 3)
     particles = jax.vmap(base.sample)(jax.random.split(key_start, num_particles))
     kernel = adaptive_tempered.build_kernel(
         base.log_prob,
@@ -87,27 +89,28 @@ def tempered_particles(
     )
 
     def advance(carry):  # type: ignore[no-untyped-def]
-        k, _, state, step_size, log_z = carry
+        k, rounds, state, step_size, log_z = carry
+        spread = jax.random.uniform(jax.random.fold_in(key_steps, k), (num_particles,), particles.dtype)
         parameters = {
-            "step_size": step_size[None],
+            "step_size": step_size * _SMALLEST_STEP**spread,
             "inverse_mass_matrix": jnp.ones((1, dim), particles.dtype),
             "num_integration_steps": jnp.array([_LEAPS]),
         }
-        last = state.tempering_param >= 1.0
+        rounds = rounds + (state.tempering_param >= 1.0)
         state, info = kernel(jax.random.fold_in(key_loop, k), state, _MOVES, parameters)
         acceptance = jnp.mean(info.update_info.acceptance_rate)
         step_size = step_size * jnp.exp(2.0 * (acceptance - _TARGET_ACCEPTANCE))
-        return k + 1, last, state, step_size, log_z + info.log_likelihood_increment
+        return k + 1, rounds, state, step_size, log_z + info.log_likelihood_increment
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
-        k, last, *_ = carry
-        return ~last & (k < _MAX_TEMPERATURES)
+        k, rounds, *_ = carry
+        return (rounds < _LAST_ROUNDS) & (k < _MAX_TEMPERATURES)
 
     state = adaptive_tempered.init(particles)
     state = state._replace(tempering_param=jnp.zeros((), particles.dtype))
     step_size = jnp.asarray(0.5 / dim**0.25, particles.dtype)
-    zero = jnp.zeros((), particles.dtype)
-    carry = jnp.zeros((), jnp.int32), jnp.zeros((), bool), state, step_size, zero
+    none = jnp.zeros((), jnp.int32)
+    carry = none, none, state, step_size, jnp.zeros((), particles.dtype)
     temperatures, _, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
     return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS)
 

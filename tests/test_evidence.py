@@ -80,7 +80,13 @@ def test_simulation_based_calibration():
         true = numpyro.infer.Predictive(hierarchy, num_samples=1)(key_prior)
         # small, for two hundred trainings in one program; without a warm start, so that learning has a task
         kernel = LogVarianceDISKernel(
-            hierarchy, precondition=None, num_steps=16, num_paths=64, num_times=8, block_size=64
+            hierarchy,
+            precondition=None,
+            num_steps=16,
+            num_paths=64,
+            num_times=8,
+            block_size=64,
+            smc_particles=0,  # batched over simulations, both ways to propose would be computed
         )
         mcmc = MCMC(kernel, num_warmup=200, num_samples=1000, progress_bar=False, thinning=10)
         mcmc.run(key_run, true["y"][0])

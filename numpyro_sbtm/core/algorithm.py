@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.target import Key, Params
 
-__all__ = ["Algorithm", "Draws", "Info", "guarded_update"]
+__all__ = ["Algorithm", "Draws", "Ensemble", "Info", "guarded_update"]
 
 
 class Info(NamedTuple):
@@ -47,6 +47,18 @@ class Draws(NamedTuple):
     one_to_one: Bool[Array, " n"]
 
 
+class Ensemble(NamedTuple):
+    """Proposals each of which is chosen among several draws: dearer, with weights that vary less.
+
+    Attributes:
+        draw: as in `Algorithm`; a weight is an unbiased estimate of Z from all draws behind it.
+        weigh: as in `Algorithm`.
+    """
+
+    draw: Callable[[Key, Any, int], Draws]
+    weigh: Callable[[Key, Any, Float[Array, " d"]], Float[Array, ""]]
+
+
 class Algorithm(NamedTuple):
     """A method: pure functions on a state that is a pytree of arrays.
 
@@ -57,12 +69,14 @@ class Algorithm(NamedTuple):
         weigh: ``(key, state, x) -> log_weight`` of a given point, shape ``[d]`` to shape ``[]``: of the
             point itself, or of a fresh path that ends there. For a draw x of the target and this weight
             the pair has the law that Metropolis steps leave invariant. NaN if it cannot be computed.
+        ensemble: dearer proposals for where the weights of single draws vary too much, or None.
     """
 
     init: Callable[[Key], Any]
     step: Callable[[Key, Any], tuple[Any, Info]]
     draw: Callable[[Key, Any, int], Draws]
     weigh: Callable[[Key, Any, Float[Array, " d"]], Float[Array, ""]]
+    ensemble: Ensemble | None = None
 
 
 def guarded_update(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
+from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, two_pass_gradient
 from numpyro_sbtm.core.path import evaluate, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.process import Net, Process
-from numpyro_sbtm.core.target import Key, Params, Target
+from numpyro_sbtm.core.smc import path_ensemble
+from numpyro_sbtm.core.target import Key, Params, Target, after
 
 __all__ = ["DiffusionState", "diffusion"]
 
@@ -60,6 +61,7 @@ def diffusion(
     good_enough: float = 0.8,
     endpoints: Float[Array, "m d"] | None = None,
     backward_share: float = 0.25,
+    smc_particles: int = 0,
 ) -> Algorithm:
     """Make the algorithm that trains a process by a divergence.
 
@@ -84,6 +86,7 @@ def diffusion(
             also taken over paths that the backward chain makes from them, so that training sees what the
             forward chain does not reach yet.
         backward_share: share of such paths in a batch.
+        smc_particles: paths of each proposal of the ensemble (see `path_ensemble`); none below two.
 
     Returns:
         The algorithm. A step costs ``num_paths (T+1)`` target gradients.
@@ -148,9 +151,8 @@ def diffusion(
         if divergence.detach:
             paths = batch(state.params, key_paths, num_paths - num_backward)
             if num_backward:
-                paths = jax.tree.map(
-                    lambda a, b: jnp.concatenate([a, b]), paths, backward_batch(state.params, key_back)
-                )
+                back = backward_batch(state.params, after(key_back, paths.log_target))
+                paths = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), paths, back)
 
             def one(carry, key_k):  # type: ignore[no-untyped-def]
                 times = None
@@ -191,4 +193,11 @@ def diffusion(
         xs = noise_path(process, state.average, target, key, x)
         return evaluate(process, state.average, target, xs).log_weight
 
-    return Algorithm(init, step, draw, weigh)
+    ensemble = None
+    if smc_particles > 1:
+        paths = path_ensemble(process, target, smc_particles)
+        ensemble = Ensemble(
+            lambda key, state, n: paths.draw(key, state.average, n),
+            lambda key, state, x: paths.weigh(key, state.average, x),
+        )
+    return Algorithm(init, step, draw, weigh, ensemble)

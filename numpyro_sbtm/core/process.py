@@ -58,12 +58,16 @@ class Process(NamedTuple):
         init: the distribution of x_0.
         forward: F_k, the distribution of x_{k+1} given x_k.
         backward: B_k, the distribution of x_k given x_{k+1}.
+        marginal: ``(k, x) -> log density``, a guess of the law of x_k; that of x_T guesses the target.
+        share: A_k, the part of the variance of x_k that comes from x_T, shape ``[T+1]``.
     """
 
     num_steps: int
     init: Transition
     forward: Chain
     backward: Chain
+    marginal: Callable[[Int[Array, ""], Float[Array, " d"]], Float[Array, ""]]
+    share: np.ndarray
 
 
 def log_snr_grid(num_steps: int, low: float = -6.0, high: float = 7.5) -> np.ndarray:
@@ -184,5 +188,8 @@ def dis(
         std = jnp.full_like(x_next, at(scale * np.sqrt(alpha), k, x_next))
         return Gaussian(at(np.sqrt(1.0 - alpha), k, x_next) * x_next, std)
 
+    def marginal(k: Int[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
+        return noised(at(np.sqrt(share), k, x), scale**2 * at(noise, k, x)).log_prob(x)
+
     init = noised(jnp.asarray(np.sqrt(share[0])), jnp.asarray(scale**2 * noise[0]))
-    return Process(num_steps, init, forward, backward)
+    return Process(num_steps, init, forward, backward, marginal, share)

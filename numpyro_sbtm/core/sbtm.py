@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.score import implicit_score_loss
+from numpyro_sbtm.core.smc import independent_ensemble
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
 from numpyro_sbtm.core.transition import Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
@@ -175,6 +176,7 @@ def sbtm(
     duration: float = 2.0,
     base: Transition | None = None,
     max_stretch: float = 0.5,
+    smc_particles: int = 0,
 ) -> Algorithm:
     """Make the algorithm of score-based transport modelling.
 
@@ -196,6 +198,8 @@ def sbtm(
         duration: total time of the flow; the time step is ``duration / num_maps`` or less.
         base: the first law, wider than the target; None for N(0, I).
         max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one.
+        smc_particles: draws behind each proposal of the ensemble (see `independent_ensemble`); none
+            below two.
 
     Returns:
         The algorithm. A map costs n gradients and a few Hessian-vector products; a draw costs
@@ -233,28 +237,33 @@ def sbtm(
         )
     base = standard_normal(dim) if base is None else base
 
-    def scores_at(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        scores = jax.vmap(lambda y: value_and_score(target, y)[1])(x)
+    def look(
+        particles: Float[Array, "n d"], probes: Float[Array, "m d"], log_q: Float[Array, " m"]
+    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+        """Evaluate the scores at the particles, and the divergence from the probes, in one batch."""
+        values, scores = jax.vmap(lambda y: value_and_score(target, y))(jnp.concatenate([particles, probes]))
+        excess = log_q - values[len(particles) :]
+        return bounded(scores[: len(particles)]), jnp.mean(
+            jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS)
+        )
+
+    def bounded(scores: Float[Array, "n d"]) -> Float[Array, "n d"]:
         scores = jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
         # a few particles on a cliff must not move all others
         norm = jnp.linalg.norm(scores, axis=-1, keepdims=True)
         return scores * jnp.minimum(1.0, _LONGEST_SCORE * jnp.median(norm) / jnp.maximum(norm, 1e-9))
 
-    def divergence_at(x: Float[Array, "m d"], log_q: Float[Array, " m"]) -> Float[Array, ""]:
-        excess = log_q - jax.vmap(target.logdensity_fn)(x)
-        return jnp.mean(jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS))
-
     def init(key: Key) -> SBTMState:
         key_net, key_particles, key_probes = jax.random.split(key, 3)
         params = net.init(key_net, dim)
         particles = jax.vmap(base.sample)(jax.random.split(key_particles, num_particles))
-        scores = scores_at(particles)
         probes = jax.vmap(base.sample)(jax.random.split(key_probes, _NUM_PROBES))
         log_q = jax.vmap(base.log_prob)(probes)
+        scores, found = look(particles, probes, log_q)
         current = _affine_part(particles, scores, params)
         maps = jax.tree.map(lambda leaf: jnp.zeros((num_maps, *leaf.shape), leaf.dtype), current)
         zero = jnp.zeros((), jnp.int32)
-        divergence = jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(divergence_at(probes, log_q))
+        divergence = jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(found)
         opt_state = optimiser.init(params)
         return SBTMState(zero, particles, scores, opt_state, current, maps, probes, log_q, divergence)
 
@@ -293,12 +302,12 @@ def sbtm(
         longest = duration / num_maps
         step_size = jnp.minimum(longest, max_stretch / jnp.maximum(lipschitz, max_stretch / longest))
         particles = state.particles + step_size * jax.vmap(velocity)(state.particles)
-        scores = scores_at(particles)
+        probes, change, _ = jax.vmap(lambda x: euler_map(velocity, step_size, x))(state.probes)
+        log_q = state.probe_log_q - change
+        scores, found = look(particles, probes, log_q)
         made = state.current._replace(step_size=step_size.astype(state.current.mean.dtype))
         current = _affine_part(particles, scores, state.current.params)
         k = state.step // steps_per_map
-        probes, change, _ = jax.vmap(lambda x: euler_map(velocity, step_size, x))(state.probes)
-        log_q = state.probe_log_q - change
         moved = state._replace(
             particles=particles,
             scores=scores,
@@ -306,7 +315,7 @@ def sbtm(
             maps=jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made),
             probes=probes,
             probe_log_q=log_q,
-            divergence=state.divergence.at[k + 1].set(divergence_at(probes, log_q)),
+            divergence=state.divergence.at[k + 1].set(found),
         )
         good = jnp.all(
             jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))])
@@ -318,7 +327,7 @@ def sbtm(
             state, info = train(key, state)
             due = (state.step + 1) % steps_per_map == 0
             state = jax.lax.cond(due, move, lambda state: state, state)
-            gradients = jnp.where(due, num_particles, 0)
+            gradients = jnp.where(due, num_particles + _NUM_PROBES, 0)
             return state, info._replace(gradients=gradients.astype(jnp.int32))
 
         def rest(state: SBTMState) -> tuple[SBTMState, Info]:
@@ -352,4 +361,7 @@ def sbtm(
         there = (error < _INVERSION_ERROR) & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
         return jnp.where(there, log_weight, jnp.nan)
 
-    return Algorithm(init, step, draw, weigh)
+    algorithm = Algorithm(init, step, draw, weigh)
+    if smc_particles > 1:
+        algorithm = algorithm._replace(ensemble=independent_ensemble(algorithm, smc_particles))
+    return algorithm

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-__all__ = ["Key", "LogDensity", "Params", "Target", "VectorField", "value_and_score"]
+__all__ = ["Key", "LogDensity", "Params", "Target", "VectorField", "after", "value_and_score"]
 
 Key = PRNGKeyArray | Shaped[Array, "2"]
 """One JAX random key, typed (``jax.random.key``) or legacy (``jax.random.PRNGKey``)."""
@@ -68,3 +69,27 @@ def value_and_score(target: Target, x: Float[Array, " d"]) -> tuple[Float[Array,
         (-1.0, [-1.0, -1.0])
     """
     return jax.value_and_grad(target.logdensity_fn)(x)
+
+
+def after(key: Key, value: Shaped[Array, "*n"]) -> Key:
+    """Make a key that is not known before a value is.
+
+    What is drawn with it waits for the value. Two batches of densities that XLA's CPU client runs side by
+    side may both wait for the threads of its pool: a batched Cholesky factor in a model then never ends.
+
+    Args:
+        key: random key.
+        value: what to wait for; nothing else depends on it.
+
+    Returns:
+        The key.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.target import after
+        >>> jax.random.normal(after(jax.random.key(0), jnp.ones(3)), (2,)).shape
+        (2,)
+    """
+    return jax.random.fold_in(
+        key, jax.lax.bitcast_convert_type(jnp.ravel(value)[0].astype(jnp.float32), jnp.uint32)
+    )
