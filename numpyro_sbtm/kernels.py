@@ -2,6 +2,7 @@
 """The kernels for `numpyro.infer.MCMC`: the choice of an algorithm, and its options."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,14 +13,44 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.chain import Precondition, WarmStart
 from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.controlled import bridge, cmcd, dds, dis_control, pair, pis, rescaled
 from numpyro_sbtm.core.diffusion import diffusion
-from numpyro_sbtm.core.divergence import log_variance
-from numpyro_sbtm.core.process import dis
+from numpyro_sbtm.core.divergence import (
+    Divergence,
+    kl,
+    kl_log_derivative,
+    log_variance,
+    trajectory_balance,
+)
+from numpyro_sbtm.core.mixture import moments
+from numpyro_sbtm.core.process import Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.networks import denoiser, score_mlp
 
-__all__ = ["LogVarianceDISKernel", "SBTMKernel"]
+__all__ = ["DIVERGENCES", "PROCESSES", "DiffusionKernel", "LogVarianceDISKernel", "SBTMKernel"]
+
+PROCESSES: dict[str, Callable[..., Process]] = {
+    "dis": dis,
+    "dis-control": dis_control,
+    "dis-euler": partial(dis_control, integrator="euler"),
+    "pis": pis,
+    "pis-control": partial(pis, denoise=False),
+    "dds": dds,
+    "dds-control": partial(dds, learn_variance=False),
+    "bridge": bridge,
+    "cmcd": cmcd,
+}
+"""Processes by name: functions of ``(net, dim, num_steps, scale)``."""
+
+DIVERGENCES: dict[str, Callable[[], Divergence]] = {
+    "log-variance": log_variance,
+    "log-variance-per-start": partial(log_variance, paths_per_start=16),
+    "kl": kl,
+    "kl-log-derivative": kl_log_derivative,
+    "trajectory-balance": trajectory_balance,
+}
+"""Divergences by name."""
 
 _COMMON = """
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
@@ -47,12 +78,137 @@ _COMMON = """
 """
 
 
-class LogVarianceDISKernel(LearnedKernel):
+class DiffusionKernel(LearnedKernel):
+    __doc__ = f"""Learned diffusion of any kind, trained by any divergence, as a NumPyro kernel.
+
+    ``num_warmup`` counts training steps. After warm-up every Metropolis step proposes the end of a fresh path
+    and accepts it with its exact path weight.
+
+    Args:
+        model: a NumPyro model.
+        potential_fn: minus a log density of unconstrained values, instead of a model; it needs
+            ``init_params`` in `MCMC.run`.
+        process: 'dis' (the time reversal of the warm start's mixture, with a denoiser), 'pis', 'dds',
+            'bridge' or 'cmcd'; for comparison also 'dis-control', 'dis-euler', 'pis-control' and
+            'dds-control', the published parametrisations. All but 'dis' start from a normal distribution
+            with the mean and the standard deviations of that mixture.
+        divergence: 'log-variance', 'log-variance-per-start', 'kl', 'kl-log-derivative' or
+            'trajectory-balance'.
+        num_steps: steps of the diffusion, T.
+        num_paths: paths simulated per training step.
+        num_times: how many of the T times enter each gradient; all for 'kl'.
+        learning_rate: of Adam, decaying along a cosine over warm-up.
+        width: units of each hidden layer of the network.
+        depth: number of its hidden layers.
+        scale: standard deviation of the noise, in whitened units.
+{_COMMON.strip(chr(10))}
+
+    Raises:
+        ValueError: for values out of range; `init` and `MCMC.run` raise for models that do not fit.
+
+    Reference:
+        Richter & Berner (2024), Improved sampling via learned diffusions, arXiv:2307.01198.
+
+    Examples:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_sbtm import DiffusionKernel
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(3.0, 2.0))
+        >>> kernel = DiffusionKernel(model, process="pis", divergence="trajectory-balance")
+        >>> mcmc = MCMC(kernel, num_warmup=50, num_samples=500, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0))
+        >>> mcmc.get_samples()["x"].shape
+        (500,)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[..., Any] | None = None,
+        *,
+        process: str = "dis",
+        divergence: str = "log-variance",
+        num_steps: int = 32,
+        num_paths: int = 256,
+        num_times: int = 16,
+        learning_rate: float = 2e-3,
+        width: int = 64,
+        depth: int = 2,
+        scale: float = 1.0,
+        precondition: Precondition | AutoGuide = "auto",
+        correction: str | None = "metropolis",
+        shared: bool = True,
+        block_size: int = 4096,
+        steps_per_draw: int = 4,
+        local_kernel: str | None = "hmc",
+        smc_particles: int = 16,
+        forward_mode_differentiation: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ) -> None:
+        super().__init__(
+            model,
+            potential_fn,
+            precondition=precondition,
+            correction=correction,
+            shared=shared,
+            block_size=block_size,
+            steps_per_draw=steps_per_draw,
+            local_kernel=local_kernel,
+            smc_particles=smc_particles,
+            forward_mode_differentiation=forward_mode_differentiation,
+            init_strategy=init_strategy,
+        )
+        _check_positive(
+            num_steps=num_steps, learning_rate=learning_rate, width=width, depth=depth, scale=scale
+        )
+        for name, value, known in (
+            ("process", process, PROCESSES),
+            ("divergence", divergence, DIVERGENCES),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+        self._process = process
+        self._divergence = DIVERGENCES[divergence]()
+        self._num_steps = num_steps
+        self._num_paths = num_paths
+        self._num_times = min(num_times, num_steps) if self._divergence.detach else None
+        self._learning_rate = learning_rate
+        self._net = (width, depth)
+        self._scale = scale
+
+    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
+        make = PROCESSES[self._process]
+        if self._process == "dis":
+            net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
+            process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
+        else:
+            net = denoiser(*self._net)
+            net = pair(net) if self._process == "bridge" else net
+            process = make(net, target.dim, self._num_steps, self._scale)
+            process = rescaled(process, *moments(warm.reference))
+        schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)
+        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+        return diffusion(
+            target,
+            process,
+            net,
+            self._divergence,
+            optimiser,
+            num_paths=self._num_paths,
+            num_times=self._num_times,
+            endpoints=warm.points,
+            smc_particles=self._smc_particles,
+        )
+
+
+class LogVarianceDISKernel(DiffusionKernel):
     __doc__ = f"""Learned diffusion that carries noise to the posterior, as a NumPyro kernel.
 
     A time-reversed diffusion (DIS) with exact Ornstein-Uhlenbeck steps is trained in warm-up by the
     log-variance divergence; ``num_warmup`` counts training steps. After warm-up every Metropolis step
-    proposes the end of a fresh path and accepts it with its exact path weight.
+    proposes the end of a fresh path and accepts it with its exact path weight. It is `DiffusionKernel` with
+    the best pair of process and divergence.
 
     Args:
         model: a NumPyro model.
@@ -110,6 +266,13 @@ class LogVarianceDISKernel(LearnedKernel):
         super().__init__(
             model,
             potential_fn,
+            num_steps=num_steps,
+            num_paths=num_paths,
+            num_times=num_times,
+            learning_rate=learning_rate,
+            width=width,
+            depth=depth,
+            scale=scale,
             precondition=precondition,
             correction=correction,
             shared=shared,
@@ -119,30 +282,6 @@ class LogVarianceDISKernel(LearnedKernel):
             smc_particles=smc_particles,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
-        )
-        _check_positive(
-            num_steps=num_steps, learning_rate=learning_rate, width=width, depth=depth, scale=scale
-        )
-        self._num_steps = num_steps
-        self._sizes = {"num_paths": num_paths, "num_times": min(num_times, num_steps)}
-        self._learning_rate = learning_rate
-        self._net = (width, depth)
-        self._scale = scale
-
-    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
-        net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
-        schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)
-        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-        process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
-        return diffusion(
-            target,
-            process,
-            net,
-            log_variance(),
-            optimiser,
-            endpoints=warm.points,
-            smc_particles=self._smc_particles,
-            **self._sizes,
         )
 
 

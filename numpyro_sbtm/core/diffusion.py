@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble, Info, guarded_update
-from numpyro_sbtm.core.divergence import Divergence, two_pass_gradient
-from numpyro_sbtm.core.path import evaluate, noise_path, reevaluate, simulate
+from numpyro_sbtm.core.divergence import Divergence, log_variance, two_pass_gradient
+from numpyro_sbtm.core.path import Path, evaluate, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.process import Net, Process
 from numpyro_sbtm.core.smc import path_ensemble
 from numpyro_sbtm.core.target import Key, Params, Target, after
@@ -26,8 +26,11 @@ class DiffusionState(NamedTuple):
         params: parameters being trained.
         average: their moving average, which draws use.
         opt_state: state of the optimiser.
-        recent: moving average of the loss, each taken before the update on its own paths, shape ``[]``.
-        best: the lowest such average at which the loss was still falling, shape ``[]``.
+        extra: what the divergence learns itself, such as log Z, or None.
+        extra_opt_state: state of its optimiser.
+        recent: moving average of the variance of the log weights, each taken before the update on its own
+            paths, shape ``[]``.
+        best: the lowest such average at which it was still falling, shape ``[]``.
         stale: steps since then, shape ``[]``.
     """
 
@@ -35,14 +38,17 @@ class DiffusionState(NamedTuple):
     params: Params
     average: Params
     opt_state: optax.OptState
+    extra: Float[Array, ""] | None
+    extra_opt_state: optax.OptState
     recent: Float[Array, ""]
     best: Float[Array, ""]
     stale: Int[Array, ""]
 
 
 _MIN_STEPS = 100
-_WINDOW = 50  # of the moving average of the loss
-_LESS = 0.95  # a loss below this share of the best is falling
+_WINDOW = 50  # of the moving average of the variance
+_EXTRA_RATE = 0.1  # step size of what a divergence learns
+_LESS = 0.95  # a variance below this share of the best is falling
 
 
 def diffusion(
@@ -78,13 +84,13 @@ def diffusion(
         num_times: how many of the T times enter each gradient, drawn anew for each update; None for all.
         num_updates: updates per step; more than one needs a detached divergence.
         average_decay: decay of the moving average of the parameters, per update; less in the first steps.
-        goal: training is finished once the loss, on average over 50 steps, is below this; for log-variance
-            the effective sample fraction is then about ``exp(-goal)``.
+        goal: training is finished once the variance of the log weights, on average over 50 steps, is below
+            this, whatever the divergence; the effective sample fraction is then about ``exp(-goal)``.
         patience: or once it has not fallen by a twentieth in so many steps,
         good_enough: provided that it is below this.
-        endpoints: points that resemble draws of the target, shape ``[m, d]``. A detached divergence is then
-            also taken over paths that the backward chain makes from them, so that training sees what the
-            forward chain does not reach yet.
+        endpoints: points that resemble draws of the target, shape ``[m, d]``. A divergence that is valid off
+            policy is then also taken over paths that the backward chain makes from them, so that training
+            sees what the forward chain does not reach yet.
         backward_share: share of such paths in a batch.
         smc_particles: paths of each proposal of the ensemble (see `path_ensemble`); none below two.
 
@@ -111,17 +117,36 @@ def diffusion(
         raise ValueError(f"`num_paths` must be at least 2 for a variance, got {num_paths}.")
     if num_times is not None and not 1 <= num_times <= num_steps:
         raise ValueError(f"`num_times` must be between 1 and {num_steps}, got {num_times}.")
+    if divergence.on_policy and num_updates != 1:
+        raise ValueError(
+            "`divergence` needs paths of the current forward chain: `num_updates` must be 1, got "
+            f"{num_updates}. Log-variance and trajectory balance take several updates on one block."
+        )
     if not divergence.detach and (num_updates != 1 or num_times is not None):
         raise ValueError(
             "`divergence` differentiates through the simulation, so that every update needs its own: "
             f"`num_updates` must be 1 and `num_times` None, got {num_updates} and {num_times}."
         )
 
+    group = divergence.paths_per_start
+    if num_paths % group:
+        raise ValueError(
+            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {num_paths}."
+        )
+    spread = log_variance().value
+    extra_optimiser = optax.adam(_EXTRA_RATE)
+
     def batch(params: Params, key: Key, n: int, detach: bool = True):  # type: ignore[no-untyped-def]
         one = lambda k: simulate(process, params, target, k, detach=detach)  # noqa: E731
         return jax.vmap(one)(jax.random.split(key, n))
 
-    num_backward = 0 if endpoints is None else int(backward_share * num_paths)
+    def grouped_batch(params: Params, key: Key, n: int):  # type: ignore[no-untyped-def]
+        key_start, key_paths = jax.random.split(key)
+        starts = jax.vmap(process.init.sample)(jax.random.split(key_start, n // group))
+        one = lambda k, x0: simulate(process, params, target, k, start=x0)  # noqa: E731
+        return jax.vmap(one)(jax.random.split(key_paths, n), jnp.repeat(starts, group, 0))
+
+    num_backward = 0 if endpoints is None or divergence.on_policy else int(backward_share * num_paths)
 
     def backward_batch(params: Params, key: Key):  # type: ignore[no-untyped-def]
         assert endpoints is not None
@@ -135,7 +160,11 @@ def diffusion(
     def init(key: Key) -> DiffusionState:
         params = net.init(key, target.dim)
         zero, far = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf)
-        return DiffusionState(zero, params, params, optimiser.init(params), far, far, zero)
+        extra = divergence.extra
+        extra_opt_state = extra_optimiser.init(extra)
+        return DiffusionState(
+            zero, params, params, optimiser.init(params), extra, extra_opt_state, far, far, zero
+        )
 
     def update(carry, gradient, step):  # type: ignore[no-untyped-def]
         params, average, opt_state = carry
@@ -148,8 +177,10 @@ def diffusion(
     def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
         key_paths, key_back, key_times = jax.random.split(key, 3)
         carry = state.params, state.average, state.opt_state
+        extra, extra_opt_state = state.extra, state.extra_opt_state
         if divergence.detach:
-            paths = batch(state.params, key_paths, num_paths - num_backward)
+            draw_batch = batch if group == 1 else grouped_batch
+            paths = draw_batch(state.params, key_paths, num_paths - num_backward)
             if num_backward:
                 back = backward_batch(state.params, after(key_back, paths.log_target))
                 paths = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), paths, back)
@@ -161,27 +192,40 @@ def diffusion(
                 here = paths
                 if num_updates > 1:
                     here = jax.vmap(lambda path: reevaluate(process, carry[0], path))(paths)
-                loss, gradient = two_pass_gradient(divergence, process, carry[0], here, times)
+                loss, gradient = two_pass_gradient(divergence, process, carry[0], here, times, extra)
                 carry, skipped = update(carry, gradient, state.step)
                 return carry, (loss, skipped)
 
             carry, (losses, skips) = jax.lax.scan(one, carry, jax.random.split(key_times, num_updates))
             loss, skipped = losses[0], jnp.sum(skips, dtype=jnp.int32)
+            if extra is not None:
+                slope = jax.grad(lambda extra: divergence.value(paths, extra))(extra)
+                extra, extra_opt_state, _ = guarded_update(extra_optimiser, slope, extra_opt_state, extra)
         else:
-            loss, gradient = jax.value_and_grad(
-                lambda params: divergence.value(batch(params, key_paths, num_paths, detach=False))
-            )(state.params)
+
+            def through(params: Params) -> tuple[Float[Array, ""], Path]:
+                paths = batch(params, key_paths, num_paths, detach=False)
+                return divergence.value(paths), paths
+
+            (loss, paths), gradient = jax.value_and_grad(through, has_aux=True)(state.params)
             carry, skip = update(carry, gradient, state.step)
             skipped = skip.astype(jnp.int32)
         gradients = jnp.asarray(num_paths * (num_steps + 1), jnp.int32)
         past, window = state.recent, jnp.minimum(_WINDOW, state.step + 1)
-        recent = jnp.where(jnp.isfinite(past), past + (loss - past) / window, loss)
+        now = spread(paths)
+        recent = jnp.where(jnp.isfinite(past), past + (now - past) / window, now)
         falling = recent < _LESS * state.best
         stale = jnp.where(falling, 0, state.stale + 1)
         finished = (recent < goal) | ((stale > patience) & (recent < good_enough))
         best = jnp.where(falling & (state.step > _WINDOW), recent, state.best)
         new = DiffusionState(
-            state.step + 1, *carry, recent.astype(past.dtype), best.astype(past.dtype), stale
+            state.step + 1,
+            *carry,
+            extra,
+            extra_opt_state,
+            recent.astype(past.dtype),
+            best.astype(past.dtype),
+            stale,
         )
         return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
 

@@ -6,26 +6,40 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.path import Path, log_kernels
 from numpyro_sbtm.core.process import Process
 from numpyro_sbtm.core.target import Params
 
-__all__ = ["Divergence", "kl", "log_variance", "two_pass_gradient"]
+__all__ = [
+    "Divergence",
+    "kl",
+    "kl_log_derivative",
+    "log_variance",
+    "trajectory_balance",
+    "two_pass_gradient",
+]
 
 
 class Divergence(NamedTuple):
     """A scalar loss of a batch of paths.
 
     Attributes:
-        value: from a batch of paths, leading axis ``n``, to the loss, shape ``[]``.
+        value: ``(paths, extra) -> loss``, from a batch of paths, leading axis ``n``, to shape ``[]``.
         detach: whether the paths' points are constants. True allows the two-pass gradient; False asks
             for differentiation through the simulation.
+        extra: first value of what is learned beside the process, such as log Z, shape ``[]``; or None.
+        paths_per_start: how many consecutive paths share their x_0.
+        on_policy: whether it asks for independent paths of the current forward chain, or groups of them.
     """
 
-    value: Callable[[Path], Float[Array, ""]]
+    value: Callable[..., Float[Array, ""]]
     detach: bool
+    extra: Float[Array, ""] | None = None
+    paths_per_start: int = 1
+    on_policy: bool = False
 
 
 def kl() -> Divergence:
@@ -43,15 +57,48 @@ def kl() -> Divergence:
         False
     """
 
-    def value(paths: Path) -> Float[Array, ""]:
+    def value(paths: Path, extra: None = None) -> Float[Array, ""]:
         keep = jnp.isfinite(paths.log_weight)
         loss = jnp.where(keep, -paths.log_weight, 0.0)
         return jnp.sum(loss) / jnp.maximum(jnp.sum(keep), 1)
 
-    return Divergence(value, detach=False)
+    return Divergence(value, detach=False, on_policy=True)
 
 
-def log_variance(clip: float | None = 20.0) -> Divergence:
+def kl_log_derivative() -> Divergence:
+    """Make the reverse Kullback-Leibler divergence with the gradient of the log-derivative trick.
+
+    The points are constants; with R = -log w of a path and R̄ its mean over the other paths, the gradient is
+
+        mean((R - R̄) ∇log F - ∇log B),
+
+    unbiased, for learned backward chains too. Paths with a non-finite weight are left out.
+
+    Reference:
+        Sanokowski et al. (2025), arXiv:2506.10982; Richter et al. (2020), arXiv:2010.10436.
+
+    Examples:
+        >>> from numpyro_sbtm.core.divergence import kl_log_derivative
+        >>> kl_log_derivative().detach
+        True
+    """
+
+    def value(paths: Path, extra: None = None) -> Float[Array, ""]:
+        keep = jnp.isfinite(paths.log_weight)
+        count = jnp.maximum(jnp.sum(keep), 2)
+        cost = jax.lax.stop_gradient(jnp.where(keep, -paths.log_weight, 0.0))
+        mean = jnp.sum(cost) / count
+        # with the mean of the other paths: (R - mean) n / (n - 1)
+        centred = jnp.where(keep, cost - mean, 0.0) * count / (count - 1)
+        forward = jnp.where(keep, jnp.sum(paths.log_forward, -1), 0.0)
+        backward = jnp.where(keep, jnp.sum(paths.log_backward, -1), 0.0)
+        surrogate = jnp.sum(centred * forward - backward) / count
+        return mean + surrogate - jax.lax.stop_gradient(surrogate)
+
+    return Divergence(value, detach=True, on_policy=True)
+
+
+def log_variance(clip: float | None = 20.0, paths_per_start: int = 1) -> Divergence:
     """Make the log-variance divergence: the variance of the log weights over the batch.
 
     Blind to constants in the log weight, zero if and only if the path laws agree, and on policy its
@@ -61,6 +108,11 @@ def log_variance(clip: float | None = 20.0) -> Divergence:
     Args:
         clip: log weights further than this from their median count as that far, and carry no gradient;
             otherwise a few paths on a barrier are the whole gradient. None: no clipping.
+        paths_per_start: with more than one, the variance is taken over paths from the same x_0, and then
+            averaged: zero if and only if the laws given x_0 agree, whatever the law of x_0.
+
+    Raises:
+        ValueError: for ``paths_per_start`` below one.
 
     Reference:
         Richter & Berner (2024), arXiv:2307.01198, eq. 12; Nüsken & Richter (2021),
@@ -71,19 +123,52 @@ def log_variance(clip: float | None = 20.0) -> Divergence:
         >>> log_variance().detach
         True
     """
+    if paths_per_start < 1:
+        raise ValueError(f"`paths_per_start` must be at least 1, got {paths_per_start}.")
 
-    def value(paths: Path) -> Float[Array, ""]:
-        keep = jnp.isfinite(paths.log_weight)
-        log_weight = jnp.where(keep, paths.log_weight, jnp.nan)
-        centre = jax.lax.stop_gradient(jnp.nan_to_num(jnp.nanmedian(log_weight)))
-        centred = jnp.where(keep, paths.log_weight - centre, 0.0)
+    def value(paths: Path, extra: None = None) -> Float[Array, ""]:
+        log_weight = paths.log_weight
+        groups = log_weight.reshape(-1, paths_per_start) if paths_per_start > 1 else log_weight[None]
+        keep = jnp.isfinite(groups)
+        median = jnp.nanmedian(jnp.where(keep, groups, jnp.nan))
+        centred = jnp.where(keep, groups - jax.lax.stop_gradient(jnp.nan_to_num(median)), 0.0)
         if clip is not None:
             centred = jnp.clip(centred, -clip, clip)
-        count = jnp.sum(keep)
-        mean = jnp.sum(centred) / jnp.maximum(count, 1)
-        return jnp.sum(jnp.where(keep, (centred - mean) ** 2, 0.0)) / jnp.maximum(count - 1, 1)
+        count = jnp.sum(keep, -1, keepdims=True)
+        mean = jnp.sum(centred, -1, keepdims=True) / jnp.maximum(count, 1)
+        squares = jnp.sum(jnp.where(keep, (centred - mean) ** 2, 0.0), -1)
+        return jnp.mean(squares / jnp.maximum(count[:, 0] - 1, 1))
 
-    return Divergence(value, detach=True)
+    grouped = paths_per_start > 1
+    return Divergence(value, detach=True, paths_per_start=paths_per_start, on_policy=grouped)
+
+
+def trajectory_balance(clip: float | None = 20.0, log_z: float = 0.0) -> Divergence:
+    """Make the trajectory balance, or second moment, loss: the mean square of log w - log Z, with Z learned.
+
+    Zero if and only if the path laws agree and Z is right. The learned log Z is a baseline over all of
+    training, where that of `log_variance` is the mean of a batch.
+
+    Args:
+        clip: where |log w - log Z| exceeds it the loss is linear (Huber); None: square everywhere.
+        log_z: where log Z starts.
+
+    Reference:
+        Malkin et al. (2022), arXiv:2201.13259; Richter & Berner (2024), arXiv:2307.01198, remark A.2.
+
+    Examples:
+        >>> from numpyro_sbtm.core.divergence import trajectory_balance
+        >>> float(trajectory_balance(log_z=2.0).extra)
+        2.0
+    """
+
+    def value(paths: Path, extra: Float[Array, ""]) -> Float[Array, ""]:
+        keep = jnp.isfinite(paths.log_weight)
+        excess = jnp.where(keep, paths.log_weight - extra, 0.0)
+        square = excess**2 if clip is None else 2.0 * optax.losses.huber_loss(excess, delta=clip)
+        return jnp.sum(square) / jnp.maximum(jnp.sum(keep), 1)
+
+    return Divergence(value, detach=True, extra=jnp.asarray(log_z))
 
 
 def two_pass_gradient(
@@ -92,6 +177,7 @@ def two_pass_gradient(
     params: Params,
     paths: Path,
     times: Int[Array, " m"] | None = None,
+    extra: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Params]:
     """Compute a detached divergence and its gradient from simulated paths, all times in parallel.
 
@@ -107,6 +193,7 @@ def two_pass_gradient(
         times: a uniformly random subset of the T steps, drawn independently of the paths, shape
             ``[m]``; the gradient is then unbiased for the one over all steps, which None gives. The
             cotangents always come from whole paths.
+        extra: what the divergence learns itself, here a constant.
 
     Returns:
         The loss and its gradient with respect to ``params``.
@@ -125,7 +212,7 @@ def two_pass_gradient(
         )
 
     def loss(log_forward: Float[Array, "n T"], log_backward: Float[Array, "n T"]) -> Float[Array, ""]:
-        return divergence.value(paths._replace(log_forward=log_forward, log_backward=log_backward))
+        return divergence.value(paths._replace(log_forward=log_forward, log_backward=log_backward), extra)
 
     value, cotangents = jax.value_and_grad(loss, argnums=(0, 1))(paths.log_forward, paths.log_backward)
     if times is None:

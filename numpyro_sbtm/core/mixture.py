@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["Mixture", "fit_mixture", "largest", "max_components", "normal"]
+__all__ = ["Mixture", "fit_mixture", "largest", "max_components", "moments", "normal"]
 
 _EM_STEPS = 50
 _PER_DIMENSION = 20  # particles per component and dimension that a covariance is fitted to
@@ -112,6 +112,26 @@ def largest(mixture: Mixture, size: int) -> Mixture:
     keep = jnp.argsort(-mixture.log_weight)[:size]
     kept = jax.tree.map(lambda leaf: leaf[keep], mixture)
     return kept._replace(log_weight=jax.nn.log_softmax(kept.log_weight))
+
+
+def moments(mixture: Mixture) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """Compute the mean and the standard deviation of every coordinate, each of shape ``[d]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.mixture import Mixture, moments
+        >>> two = Mixture(jnp.log(jnp.ones(2) / 2), None, jnp.array([[-3.0], [3.0]]), 4 * jnp.ones((2, 1)))
+        >>> [part.tolist() for part in moments(two)]
+        [[0.0], [5.0]]
+    """
+    weight = jnp.exp(mixture.log_weight)
+    if mixture.rotation is None:
+        means, variances = mixture.centre, mixture.std**2
+    else:
+        means = jnp.einsum("cij,cj->ci", mixture.rotation, mixture.centre)
+        variances = jnp.einsum("cij,cj->ci", mixture.rotation**2, mixture.std**2)
+    mean = weight @ means
+    return mean, jnp.sqrt(weight @ (variances + (means - mean) ** 2))
 
 
 def max_components(num_particles: int, dim: int) -> int:

@@ -54,7 +54,15 @@ def log_kernels(
     )
 
 
-def simulate(process: Process, params: Params, target: Target, key: Key, *, detach: bool = True) -> Path:
+def simulate(
+    process: Process,
+    params: Params,
+    target: Target,
+    key: Key,
+    *,
+    detach: bool = True,
+    start: Float[Array, " d"] | None = None,
+) -> Path:
     """Simulate one path with the forward chain; `vmap` over keys for a batch.
 
     Args:
@@ -64,6 +72,7 @@ def simulate(process: Process, params: Params, target: Target, key: Key, *, deta
         key: random key.
         detach: stop gradients through the points, so that only the densities depend on ``params``
             (log-variance); False lets gradients run through the trajectory (reparametrised KL).
+        start: x_0, shape ``[d]``; None draws it.
 
     Returns:
         The path, whose `log_weight` is exact at any number of steps.
@@ -79,7 +88,7 @@ def simulate(process: Process, params: Params, target: Target, key: Key, *, deta
     """
     hold = jax.lax.stop_gradient if detach else (lambda x: x)
     key_init, key_steps = jax.random.split(key)
-    x0 = hold(process.init.sample(key_init))
+    x0 = hold(process.init.sample(key_init) if start is None else start)
     _, score0 = value_and_score(target, x0)
 
     def step(carry, inputs):  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from numpyro_sbtm.core.mixture import Mixture, normal
 from numpyro_sbtm.core.target import Key, Params
 from numpyro_sbtm.core.transition import Gaussian, Transition
 
-__all__ = ["Net", "Process", "dis", "log_snr_grid"]
+__all__ = ["Net", "Process", "at", "dis", "log_snr_grid"]
 
 
 class Net(NamedTuple):
@@ -59,7 +59,7 @@ class Process(NamedTuple):
         forward: F_k, the distribution of x_{k+1} given x_k.
         backward: B_k, the distribution of x_k given x_{k+1}.
         marginal: ``(k, x) -> log density``, a guess of the law of x_k; that of x_T guesses the target.
-        share: A_k, the part of the variance of x_k that comes from x_T, shape ``[T+1]``.
+        share: A_k, how far x_k is on the way from noise, 0, to the draw, 1, shape ``[T+1]``.
     """
 
     num_steps: int
@@ -68,6 +68,11 @@ class Process(NamedTuple):
     backward: Chain
     marginal: Callable[[Int[Array, ""], Float[Array, " d"]], Float[Array, ""]]
     share: np.ndarray
+
+
+def at(table: np.ndarray, k: Int[Array, ""], like: Float[Array, " d"]) -> Float[Array, ""]:
+    """Look up the entry of a step in a table that was computed in float64."""
+    return jnp.asarray(table, like.dtype)[k]
 
 
 def log_snr_grid(num_steps: int, low: float = -6.0, high: float = 7.5) -> np.ndarray:
@@ -150,9 +155,6 @@ def dis(
     point_weight = np.sqrt(1.0 - alpha) * noise[1:] / noise[:-1]
     bridge_var = scale**2 * alpha * noise[1:] / noise[:-1]
     log_snr = np.log(share[:-1]) - np.log(noise[:-1])
-
-    def at(table: np.ndarray, k: Int[Array, ""], like: Float[Array, " d"]) -> Float[Array, ""]:
-        return jnp.asarray(table, like.dtype)[k]
 
     def noised(root: Float[Array, ""], noise_var: Float[Array, ""]) -> Mixture:
         """The law of root x_T plus white noise, for x_T from the reference."""
