@@ -52,6 +52,8 @@ DIVERGENCES: dict[str, Callable[[], Divergence]] = {
 }
 """Divergences by name."""
 
+_MAX_ENSEMBLE_DIM = 32
+
 _COMMON = """
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
             map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of
@@ -72,7 +74,7 @@ _COMMON = """
         smc_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
             many, with their mean weight: for diffusions by a particle filter along the paths, for transport
             among independent draws. Draws stay exact and cost as many times more; below two: never. It is not
-            done for large data, nor with ``shared=False``.
+            done for large data, nor with ``shared=False``, nor by transport above 32 dimensions.
         forward_mode_differentiation: differentiate the model in forward mode, for ``while_loop``.
         init_strategy: one of NumPyro's initialisation strategies.
 """
@@ -396,7 +398,8 @@ class SBTMKernel(LearnedKernel):
             steps_per_map=num_warmup // num_maps,
             duration=self._duration,
             base=warm.reference._replace(std=scale * warm.reference.std),
-            smc_particles=self._smc_particles,
+            # a draw of a flow costs as many Jacobian-vector products as there are dimensions
+            smc_particles=self._smc_particles if target.dim <= _MAX_ENSEMBLE_DIM else 0,
             **self._sizes,
         )
 
