@@ -170,17 +170,16 @@ class DiffusionKernel(LearnedKernel):
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
-        self._process = process
-        self._divergence = DIVERGENCES[divergence]()
+        self._process, self._divergence = process, divergence  # names: kernels are pickled
         self._num_steps = num_steps
         self._num_paths = num_paths
-        self._num_times = min(num_times, num_steps) if self._divergence.detach else None
+        self._num_times = min(num_times, num_steps)
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._scale = scale
 
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
-        make = PROCESSES[self._process]
+        make, divergence = PROCESSES[self._process], DIVERGENCES[self._divergence]()
         if self._process == "dis":
             net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
             process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
@@ -195,10 +194,10 @@ class DiffusionKernel(LearnedKernel):
             target,
             process,
             net,
-            self._divergence,
+            divergence,
             optimiser,
             num_paths=self._num_paths,
-            num_times=self._num_times,
+            num_times=self._num_times if divergence.detach else None,
             endpoints=warm.points,
             smc_particles=self._smc_particles,
         )

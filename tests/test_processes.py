@@ -169,13 +169,10 @@ def test_log_variance_per_start_does_not_see_the_law_of_the_start():
 
 # ------------------------------------------------------------------ as a kernel
 PAIRS = [(name, "log-variance") for name in PROCESSES] + [("dis", name) for name in DIVERGENCES]
-IN_EVERY_RUN = [("cmcd", "log-variance")]
 
 
-@pytest.mark.parametrize(
-    ("process", "divergence"),
-    [pytest.param(*each, marks=() if each in IN_EVERY_RUN else pytest.mark.slow) for each in PAIRS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("process", "divergence"), PAIRS)
 def test_barely_trained_kernels_are_exact(process, divergence):
     target = two_modes()
     kernel = DiffusionKernel(
