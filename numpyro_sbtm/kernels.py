@@ -54,6 +54,22 @@ DIVERGENCES: dict[str, Callable[[], Divergence]] = {
 
 _MAX_ENSEMBLE_DIM = 32
 
+_MODEL = """
+        model: a NumPyro model.
+        potential_fn: minus a log density of unconstrained values, instead of a model; it needs
+            ``init_params`` in `MCMC.run`.
+"""
+
+_DIFFUSION = """
+        num_steps: steps of the diffusion, T.
+        num_paths: paths simulated per training step.
+        num_times: how many of the T times enter each gradient; all for 'kl'.
+        learning_rate: of Adam, decaying along a cosine over warm-up.
+        width: units of each hidden layer of the network.
+        depth: number of its hidden layers.
+        scale: standard deviation of the noise, in whitened units.
+"""
+
 _COMMON = """
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
             map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of
@@ -87,22 +103,14 @@ class DiffusionKernel(LearnedKernel):
     and accepts it with its exact path weight.
 
     Args:
-        model: a NumPyro model.
-        potential_fn: minus a log density of unconstrained values, instead of a model; it needs
-            ``init_params`` in `MCMC.run`.
+{_MODEL.strip(chr(10))}
         process: 'dis' (the time reversal of the warm start's mixture, with a denoiser), 'pis', 'dds',
             'bridge' or 'cmcd'; for comparison also 'dis-control', 'dis-euler', 'pis-control' and
             'dds-control', the published parametrisations. All but 'dis' start from a normal distribution
             with the mean and the standard deviations of that mixture.
         divergence: 'log-variance', 'log-variance-per-start', 'kl', 'kl-log-derivative' or
             'trajectory-balance'.
-        num_steps: steps of the diffusion, T.
-        num_paths: paths simulated per training step.
-        num_times: how many of the T times enter each gradient; all for 'kl'.
-        learning_rate: of Adam, decaying along a cosine over warm-up.
-        width: units of each hidden layer of the network.
-        depth: number of its hidden layers.
-        scale: standard deviation of the noise, in whitened units.
+{_DIFFUSION.strip(chr(10))}
 {_COMMON.strip(chr(10))}
 
     Raises:
@@ -212,16 +220,8 @@ class LogVarianceDISKernel(DiffusionKernel):
     the best pair of process and divergence.
 
     Args:
-        model: a NumPyro model.
-        potential_fn: minus a log density of unconstrained values, instead of a model; it needs
-            ``init_params`` in `MCMC.run`.
-        num_steps: steps of the diffusion, T.
-        num_paths: paths simulated per training step.
-        num_times: how many of the T times enter each gradient.
-        learning_rate: of Adam, decaying along a cosine over warm-up.
-        width: units of each hidden layer of the network.
-        depth: number of its hidden layers.
-        scale: standard deviation of the noise, in whitened units.
+{_MODEL.strip(chr(10))}
+{_DIFFUSION.strip(chr(10))}
 {_COMMON.strip(chr(10))}
 
     Raises:
@@ -295,9 +295,7 @@ class SBTMKernel(LearnedKernel):
     it with its exact weight.
 
     Args:
-        model: a NumPyro model.
-        potential_fn: minus a log density of unconstrained values, instead of a model; it needs
-            ``init_params`` in `MCMC.run`.
+{_MODEL.strip(chr(10))}
         num_particles: training particles.
         num_maps: transport steps; at most ``num_warmup`` are made.
         num_updates: updates of the network per training step.

@@ -7,7 +7,7 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel
-from numpyro_sbtm.core import Net, dis
+from numpyro_sbtm.core import Net, dis, evaluate, simulate
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian, gaussian_mixture
@@ -51,6 +51,22 @@ def three_components():
     centre = jnp.array([[0.0, 0.0], [1.5, -1.0], [-2.0, 0.5], [9.0, 9.0]])
     std = jnp.array([[0.3, 0.7], [0.2, 0.2], [0.8, 0.1], [1.0, 1.0]])
     return Mixture(jnp.log(jnp.array([0.5, 0.2, 0.3, 0.0])), turn, centre, std)
+
+
+def batch(process, params, target, seed, n, detach=True):
+    """Simulate n paths."""
+
+    @jax.jit
+    def run(params, seed):
+        keys = jax.random.split(jax.random.key(seed), n)
+        return jax.vmap(lambda key: simulate(process, params, target, key, detach=detach))(keys)
+
+    return run(params, seed)
+
+
+def evaluated(process, params, target, xs):
+    """Put every density on the points of paths."""
+    return jax.jit(jax.vmap(lambda x: evaluate(process, params, target, x)))(xs)
 
 
 def correlated():

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import correlated, two_modes
+from helpers import correlated, run_chains, two_modes
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 
@@ -35,16 +34,7 @@ def largest_z_score(x, target):
 def run(kernel, target, correction, local=None, num_samples=5000):
     make = KERNELS[kernel]
     sampler = make(lambda x: -target.logdensity_fn(x), correction=correction, scale=2.0, local_kernel=local)
-    mcmc = MCMC(
-        sampler,
-        num_warmup=5,
-        num_samples=num_samples,
-        num_chains=4,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(jax.random.key(0), init_params=jnp.zeros((4, 2)))
-    return mcmc
+    return run_chains(sampler, warmup=5, samples=num_samples, init_params=jnp.zeros((4, 2)))
 
 
 @pytest.mark.parametrize(

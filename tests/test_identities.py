@@ -8,18 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import STILL, assert_within, correlated, shaken, three_components, two_modes
+from helpers import (
+    STILL,
+    assert_within,
+    batch,
+    correlated,
+    evaluated,
+    shaken,
+    three_components,
+    two_modes,
+)
 
 from numpyro_sbtm.core import (
     Net,
     Target,
     diffusion,
     dis,
-    evaluate,
     kl,
     log_variance,
     noise_path,
-    simulate,
     two_pass_gradient,
 )
 from numpyro_sbtm.core.path import reevaluate
@@ -30,19 +37,6 @@ from numpyro_sbtm.targets import gaussian
 
 pytestmark = pytest.mark.usefixtures("x64")
 TARGETS = {"correlated": correlated, "two_modes": two_modes}
-
-
-def batch(process, params, target, seed, n, detach=True):
-    @jax.jit
-    def run(params, seed):
-        keys = jax.random.split(jax.random.key(seed), n)
-        return jax.vmap(lambda key: simulate(process, params, target, key, detach=detach))(keys)
-
-    return run(params, seed)
-
-
-def evaluated(process, params, target, xs):
-    return jax.jit(jax.vmap(lambda x: evaluate(process, params, target, x)))(xs)
 
 
 def two_pass(divergence, process, params, paths, times=None):

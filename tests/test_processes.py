@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import STILL, assert_within, correlated, run_chains, shaken, two_modes
+from helpers import STILL, assert_within, batch, correlated, evaluated, run_chains, shaken, two_modes
+from jax.flatten_util import ravel_pytree
 from test_exactness import largest_z_score
 
 from numpyro_sbtm import DiffusionKernel, report
@@ -43,11 +44,6 @@ def process_of(name, num_steps=4, scale=1.0, size=0.1):
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return PROCESSES[name](net, 2, num_steps, scale), jax.tree.unflatten(structure, noisy)
-
-
-def batch(process, params, target, seed, n, detach=True):
-    one = lambda key: simulate(process, params, target, key, detach=detach)  # noqa: E731
-    return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), n))
 
 
 @pytest.mark.usefixtures("x64")
@@ -88,7 +84,7 @@ def test_paths_and_gradients_do_not_depend_on_how_they_are_computed(name):
     process, params = process_of(name)
     target, divergence = two_modes(), log_variance(None)
     paths = batch(process, params, target, 3, 16)
-    again = jax.jit(jax.vmap(lambda x: evaluate(process, params, target, x)))(paths.xs)
+    again = evaluated(process, params, target, paths.xs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), paths, again)
     expected = jax.grad(lambda p: divergence.value(batch(process, p, target, 3, 16)))(params)
     _, found = jax.jit(lambda p: two_pass_gradient(divergence, process, p, paths))(params)
@@ -124,15 +120,14 @@ def test_the_log_derivative_gradient_is_that_of_kl(name):
     """In expectation, for a learned backward chain too; tested at five standard errors."""
     process, params = process_of(name, num_steps=3)
     target = correlated()
-    leaves, structure = jax.tree.flatten(params)
-    direction = jax.tree.unflatten(structure, [jnp.cos(jnp.arange(leaf.size) * 1.0) for leaf in leaves])
+    direction = jnp.concatenate([jnp.cos(jnp.arange(leaf.size) * 1.0) for leaf in jax.tree.leaves(params)])
 
     def slope(seed):
         paths = batch(process, params, target, seed, 64)
         _, one = two_pass_gradient(kl_log_derivative(), process, params, paths)
         other = jax.grad(lambda p: kl().value(batch(process, p, target, seed, 64, detach=False)))(params)
-        along = lambda g: sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(g), jax.tree.leaves(direction)))  # noqa: E731, B905
-        return along(one) - along(other), along(other)
+        one, other = (ravel_pytree(gradient)[0] @ direction for gradient in (one, other))
+        return one - other, other
 
     difference, size = jax.lax.map(slope, jnp.arange(600))
     error = jnp.std(difference) / np.sqrt(difference.size)

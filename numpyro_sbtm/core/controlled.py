@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.process import Net, Process, at, log_snr_grid
+from numpyro_sbtm.core.process import Net, Process, at, check_num_steps, log_snr_grid
 from numpyro_sbtm.core.target import Key, Params
 from numpyro_sbtm.core.transition import Gaussian, standard_normal
 
@@ -88,8 +88,7 @@ def cosine_grid(num_steps: int, total: float = 6.4) -> np.ndarray:
         >>> cosine_grid(3, 2.0).round(3).tolist()
         [0.135, 0.675, 1.0, 1.0]
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+    check_num_steps(num_steps)
     phase = (np.linspace(0.0, 1.0, num_steps) + 0.008) / 1.008
     steps = np.cos(0.5 * np.pi * phase) ** 4 + 1e-4  # the last one must not vanish
     left = np.cumsum((steps * total / steps.sum())[::-1])[::-1]
@@ -118,8 +117,7 @@ def vp_grid(num_steps: int, first: float = 10.0, last: float = 0.1, duration: fl
         >>> vp_grid(2).round(4).tolist()
         [0.0064, 0.276, 1.0]
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+    check_num_steps(num_steps)
     left = duration * (1.0 - np.arange(num_steps + 1) / num_steps)
     return np.exp(-(last * left + 0.5 * (first - last) * left**2 / duration))
 
@@ -167,8 +165,7 @@ class _Control(NamedTuple):
 
 
 def _check(num_steps: int, scale: float) -> None:
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+    check_num_steps(num_steps)
     if not scale > 0:
         raise ValueError(f"`scale` must be positive, got {scale}.")
 
@@ -298,16 +295,13 @@ def _noising(
             mean = mean + scale * at(pull, k, x_next) * u
         return Gaussian(mean, std)
 
-    def marginal(k: Int[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
-        del k
-        return standard_normal(dim, scale).log_prob(x)
-
+    prior = standard_normal(dim, scale)
     return Process(
         num_steps,
-        standard_normal(dim, scale),
+        prior,
         forward,
         backward,
-        marginal,
+        lambda k, x: prior.log_prob(x),
         share,
     )
 
@@ -482,16 +476,13 @@ def cmcd(
             keep * x + scale * (1.0 - keep) * drift, jnp.full_like(x, scale * (1.0 - keep**2) ** 0.5)
         )
 
-    def marginal(k: Int[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
-        del k
-        return standard_normal(dim, scale).log_prob(x)
-
+    prior = standard_normal(dim, scale)
     return Process(
         num_steps,
-        standard_normal(dim, scale),
+        prior,
         lambda params, k, x, score: step(1.0, params, k, x, score),
         lambda params, k, x_next, score: step(-1.0, params, k + 1, x_next, score),
-        marginal,
+        lambda k, x: prior.log_prob(x),
         beta,
     )
 

@@ -21,7 +21,7 @@ from numpyro_sbtm.core.mixture import Mixture, normal
 from numpyro_sbtm.core.target import Key, Params
 from numpyro_sbtm.core.transition import Gaussian, Transition
 
-__all__ = ["Net", "Process", "at", "dis", "log_snr_grid"]
+__all__ = ["Net", "Process", "at", "check_num_steps", "dis", "log_snr_grid"]
 
 
 class Net(NamedTuple):
@@ -75,6 +75,12 @@ def at(table: np.ndarray, k: Int[Array, ""], like: Float[Array, " d"]) -> Float[
     return jnp.asarray(table, like.dtype)[k]
 
 
+def check_num_steps(num_steps: int) -> None:
+    """Refuse a grid without a step."""
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+
+
 def log_snr_grid(num_steps: int, low: float = -6.0, high: float = 7.5) -> np.ndarray:
     """Compute the shares A_0 < ... < A_T = 1 of the draw in the points of a path.
 
@@ -93,8 +99,7 @@ def log_snr_grid(num_steps: int, low: float = -6.0, high: float = 7.5) -> np.nda
         >>> log_snr_grid(2, -2.0, 2.0).round(3).tolist()
         [0.119, 0.881, 1.0]
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+    check_num_steps(num_steps)
     snr = np.linspace(low, high, num_steps) if num_steps > 1 else np.array([low])
     return np.append(1.0 / (1.0 + np.exp(-snr)), 1.0)
 

@@ -133,7 +133,7 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
             return x if kept is None else x.at[0].set(kept[k])
 
         def step(carry, inputs):  # type: ignore[no-untyped-def]
-            x, value, score, log_weight, log_z = carry
+            x, _, score, before, log_weight, log_z = carry
             k, key_k = inputs
             key_resample, key_move = jax.random.split(key_k)
             poor = ess_fraction(log_weight) < _THRESHOLD
@@ -143,7 +143,7 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
             ancestors = jnp.where(poor, ancestors, jnp.arange(num_particles))
             log_z = log_z + jnp.where(poor, logsumexp(log_weight) - jnp.log(num_particles), 0.0)
             log_weight = jnp.where(poor, 0.0, log_weight)
-            x, value, score = (leaf[ancestors] for leaf in (x, value, score))
+            x, score, before = (leaf[ancestors] for leaf in (x, score, before))
             keys = jax.random.split(key_move, num_particles)
             move = jax.vmap(lambda key, x, score: process.forward(params, k, x, score).sample(key))
             new = retain(move(keys, x, score), k + 1)
@@ -151,20 +151,18 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
             log_forward, log_backward = jax.vmap(lambda *ends: log_kernels(process, params, k, *ends))(
                 x, new, score, new_score
             )
-            before = jax.vmap(lambda *point: law(k, *point))(x, value)
             after = jax.vmap(lambda *point: law(k + 1, *point))(new, new_value)
             log_weight = clean(log_weight + after + log_backward - before - log_forward)
-            return (new, new_value, new_score, log_weight, log_z), None
+            return (new, new_value, new_score, after, log_weight, log_z), None
 
         first = jnp.zeros((), jnp.int32)
         x = retain(jax.vmap(process.init.sample)(jax.random.split(key_init, num_particles)), first)
         value, score = jax.vmap(lambda y: value_and_score(target, y))(x)
-        log_weight = jax.vmap(lambda *point: law(first, *point))(x, value) - jax.vmap(process.init.log_prob)(
-            x
-        )
-        carry = x, value, score, clean(log_weight), jnp.zeros((), x.dtype)
+        before = jax.vmap(lambda *point: law(first, *point))(x, value)
+        log_weight = clean(before - jax.vmap(process.init.log_prob)(x))
+        carry = x, value, score, before, log_weight, jnp.zeros((), x.dtype)
         steps = jnp.arange(num_steps), jax.random.split(key_steps, num_steps)
-        (x, value, _, log_weight, log_z), _ = jax.lax.scan(step, carry, steps)
+        (x, value, _, _, log_weight, log_z), _ = jax.lax.scan(step, carry, steps)
         return x, value, log_weight, log_z + logsumexp(log_weight) - jnp.log(num_particles)
 
     def draw(key: Key, params: Params, n: int) -> Draws:
