@@ -16,11 +16,10 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS, init_to_uniform
 from scipy.stats import multivariate_normal
 
-from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report, targets
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.model import from_model, logdensity
-from numpyro_sbtm.targets import gaussian_mixture
 from numpyro_sbtm.warm_start import tempered_particles
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -91,21 +90,12 @@ def label_switching():
 
 
 def nine_modes():
-    """The nine modes of Richter & Berner (2024): means on {-5, 0, 5}², variance 0.3, equal weights."""
-    axis = np.array([-5.0, 0.0, 5.0])
-    means = np.stack(np.meshgrid(axis, axis), -1).reshape(9, 2)
-    target = gaussian_mixture(np.ones(9), means, np.broadcast_to(np.sqrt(0.3) * np.eye(2), (9, 2, 2)))
-
-    def model():
-        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
-        numpyro.factor("density", target.logdensity_fn(x))
-
-    def masses(draws):
-        distance = np.sum((np.asarray(draws["x"])[..., None, :] - means) ** 2, -1)
-        return np.eye(9)[np.argmin(distance, -1)]
-
-    share = 1 / 9
-    return Problem(model, (), masses, np.full(9, share), np.full(9, np.sqrt(share * (1 - share))), 0.0)
+    target = targets.nine_modes()
+    membership, masses = target.modes
+    features = lambda draws: np.asarray(jnp.vectorize(membership, signature="(d)->(k)")(draws["x"]))  # noqa: E731
+    return Problem(
+        targets.as_model(target), (), features, masses, np.sqrt(masses * (1 - masses)), target.log_z
+    )
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-__all__ = ["Key", "LogDensity", "Params", "Target", "VectorField", "after", "value_and_score"]
+__all__ = ["Key", "LogDensity", "Modes", "Params", "Target", "VectorField", "after", "value_and_score"]
 
 Key = PRNGKeyArray | Shaped[Array, "2"]
 """One JAX random key, typed (``jax.random.key``) or legacy (``jax.random.PRNGKey``)."""
@@ -24,11 +25,24 @@ VectorField = Callable[[Float[Array, " d"]], Float[Array, " d"]]
 """A vector field on R^d, at one point."""
 
 
+class Modes(NamedTuple):
+    """Events that tell modes apart, with their probabilities.
+
+    Attributes:
+        membership: how much one point belongs to each of k modes, shape ``[d]`` to shape ``[k]``: 0 or 1, or
+            a probability where modes overlap.
+        masses: its expectation under the target, shape ``[k]``.
+    """
+
+    membership: Callable[[Float[Array, " d"]], Float[Array, " k"]]
+    masses: Float[np.ndarray, " k"]
+
+
 class Target(NamedTuple):
     """An unnormalised density on R^d.
 
     Annealing and whitening are functions from a target to a target, so every method is written once,
-    for a density on R^d. ``log_z`` and ``sample`` are the truth, where it is known; only tests and
+    for a density on R^d. All but the first two fields are the truth, where it is known; only tests and
     benchmarks read them.
 
     Attributes:
@@ -36,6 +50,8 @@ class Target(NamedTuple):
         dim: the dimension d.
         log_z: the logarithm of the integral of the density, or None.
         sample: ``(key, n) -> [n, d]``, exact draws, or None.
+        modes: what the modes are and how likely, or None.
+        spread: standard deviation of a normal distribution around the origin that covers the density.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -49,6 +65,8 @@ class Target(NamedTuple):
     dim: int
     log_z: float | None = None
     sample: Callable[[Key, int], Float[Array, "n d"]] | None = None
+    modes: Modes | None = None
+    spread: float = 1.0
 
 
 def value_and_score(target: Target, x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
