@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
@@ -67,26 +68,22 @@ def _spare_memory_mappings() -> None:
         jax.clear_caches()
 
 
-def _compiled(propose: Callable[..., Proposals]) -> Callable[..., Proposals]:
-    """Compile proposals for arrays among the model's arguments; sizes and flags stay what they are."""
+def _compiled(use: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a use of a trained sampler for arrays among its arguments; sizes and flags stay as they are."""
 
-    @partial(jax.jit, static_argnums=(2, 3))
-    def of_arrays(
-        key: Key, training: Training, n: int, others: tuple[Any, ...], arrays: list[Any]
-    ) -> Proposals:
+    @partial(jax.jit, static_argnums=2)
+    def of_arrays(key: Key, training: Training, others: tuple[Any, ...], arrays: list[Any]) -> Any:
         structure, *leaves = others
         remaining = iter(arrays)
         leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in leaves]
-        return propose(key, training, n, *jax.tree.unflatten(structure, leaves))
+        return use(key, training, *jax.tree.unflatten(structure, leaves))
 
-    def compiled(
-        key: Key, training: Training, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Proposals:
-        leaves, structure = jax.tree.flatten((args, kwargs))
+    def compiled(key: Key, training: Training, *arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
         array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         others = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, array, strict=True)]
         arrays = [leaf for leaf, is_array in zip(leaves, array, strict=True) if is_array]
-        return of_arrays(key, training, n, (structure, *others), arrays)
+        return of_arrays(key, training, (structure, *others), arrays)
 
     return compiled
 
@@ -154,6 +151,7 @@ class LearnedKernel(MCMCKernel):
     def _forget(self) -> None:
         self._sample_fn: Callable[..., KernelState] | None = None
         self._propose_fn: Callable[..., Proposals] | None = None
+        self._weigh_fn: Callable[..., Float[Array, " n"]] | None = None
         self._postprocess_gen: Callable[..., Any] | None = None
         self._structure: tuple[list[Any], int, bool] | None = None
 
@@ -271,23 +269,57 @@ class LearnedKernel(MCMCKernel):
         Returns:
             Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler.
         """
-        if self._propose_fn is None:
+        return self._use(self._propose_fn, state, rng_key, num_proposals, model_args, model_kwargs)
+
+    def weigh(
+        self,
+        state: KernelState,
+        x: Float[Array, "n d"],
+        rng_key: Key,
+        model_args: tuple[Any, ...] = (),
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Float[Array, "*chains n"]:
+        """Weigh given points as the trained sampler would its own.
+
+        For draws of the posterior the mean log weight is an upper bound of the log evidence (EUBO), where
+        that of proposals is a lower bound (ELBO). Unlike the latter it sees what is never proposed.
+
+        Args:
+            state: ``mcmc.last_state``, from any chain method.
+            x: points of the flattened unconstrained space, as `Proposals.x`, shape ``[n, d]``.
+            rng_key: random key.
+            model_args: positional arguments of the model.
+            model_kwargs: keyword arguments of the model.
+
+        Returns:
+            Log of unnormalised target over proposal, of the point or of a fresh path that ends there, shape
+            ``[n]``, or ``[chains, n]`` where each chain has its own sampler; NaN if it cannot be computed.
+
+        Reference:
+            EUBO: Blessing et al. (2024), Beyond ELBOs, arXiv:2406.07423, section 4.
+        """
+        return self._use(self._weigh_fn, state, rng_key, x, model_args, model_kwargs)
+
+    def _use(
+        self,
+        compiled: Callable[..., Any] | None,
+        state: KernelState,
+        rng_key: Key,
+        what: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> Any:
+        """Call a compiled function with every trained sampler of a state."""
+        if compiled is None:
             raise RuntimeError(
                 "This kernel has not been set up: run `MCMC` with it first (after unpickling, once more)."
             )
         kwargs = {} if model_kwargs is None else model_kwargs
-        propose = self._propose_fn
         if is_prng_key(state.rng_key):
-            return propose(rng_key, state.training, num_proposals, model_args, kwargs)
+            return compiled(rng_key, state.training, what, model_args, kwargs)
         keys = jax.random.split(rng_key, len(state.rng_key))
         per_chain = [
-            propose(
-                key,
-                jax.tree.map(lambda leaf, c=c: leaf[c], state.training),
-                num_proposals,
-                model_args,
-                kwargs,
-            )
+            compiled(key, jax.tree.map(lambda leaf, c=c: leaf[c], state.training), what, model_args, kwargs)
             for c, key in enumerate(keys)
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_chain)
@@ -297,6 +329,7 @@ class LearnedKernel(MCMCKernel):
         return self.__dict__ | {
             "_sample_fn": None,
             "_propose_fn": None,
+            "_weigh_fn": None,
             "_postprocess_gen": None,
             "_structure": None,
         }
@@ -372,7 +405,8 @@ class LearnedKernel(MCMCKernel):
             local=None if self._local_kernel is None else local_move(self._local_kernel),
             forward_mode=self._forward_mode,
         )
-        self._sample_fn, self._propose_fn = chain.sample, _compiled(chain.propose)
+        self._sample_fn = chain.sample
+        self._propose_fn, self._weigh_fn = _compiled(chain.propose), _compiled(chain.weigh)
         key_start, key_state = jax.random.split(key_state)
         warm = chain.start(key_start, problem.starts, problem.scouts)
         return chain.init(key_state, self._simplify(warm, model_args, model_kwargs))

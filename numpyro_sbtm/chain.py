@@ -133,12 +133,14 @@ class LearnedChain(NamedTuple):
         init: ``(key, warm start) -> state``; nothing is trained here.
         sample: ``(state, model_args, model_kwargs) -> state``; a training step or a draw.
         propose: ``(key, training, n, model_args, model_kwargs) -> Proposals`` of leading axis ``[n]``.
+        weigh: ``(key, training, x [n, d], model_args, model_kwargs) -> log weights [n]`` of given points.
     """
 
     start: Callable[[Key, Float[Array, "s d"], Float[Array, "m d"]], WarmStart]
     init: Callable[[Key, WarmStart], KernelState]
     sample: Callable[[KernelState, tuple[Any, ...], dict[str, Any]], KernelState]
     propose: Callable[[Key, Training, int, tuple[Any, ...], dict[str, Any]], Proposals]
+    weigh: Callable[[Key, Training, Float[Array, "n d"], tuple[Any, ...], dict[str, Any]], Float[Array, " n"]]
 
 
 def learned_chain(
@@ -266,6 +268,13 @@ def learned_chain(
             log_det - draws.logdensity,
             draws.one_to_one,
         )
+
+    def weigh(
+        key: Key, training: Training, x: Float[Array, "n d"], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Float[Array, " n"]:
+        u = jax.vmap(lambda point: invert(training.warm.whitening, point)[0])(x)
+        weights = lambda one: jax.vmap(lambda k, point: one.weigh(k, training.algorithm, point))  # noqa: E731
+        return sampler(training, args, kwargs, lambda one: weights(one)(jax.random.split(key, len(x)), u))
 
     def ravel_chains(z: Any) -> Float[Array, "*c d"]:
         ravel = lambda value: ravel_pytree(value)[0]  # noqa: E731
@@ -429,4 +438,4 @@ def learned_chain(
         strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state._replace(rng_key=zero))
         return strong._replace(rng_key=rng_key)
 
-    return LearnedChain(jax.jit(start), init, sample, propose)
+    return LearnedChain(jax.jit(start), init, sample, propose, weigh)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import correlated, run_chains, two_modes
+from helpers import assert_within, correlated, run_chains, two_modes
 from numpyro.diagnostics import effective_sample_size
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
@@ -55,6 +55,13 @@ def test_barely_trained_chains_are_exact(kernel, name, local):
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
     found = report(mcmc)
     assert abs(found.log_evidence) < 5.0 * found.log_evidence_se
+    # from the other side, weights of exact draws: E[1/w] = 1/Z, and the two bounds enclose log Z
+    log_weight = mcmc.sampler.weigh(
+        mcmc.last_state, target.sample(jax.random.key(7), 4000), jax.random.key(8)
+    )
+    inverse = jnp.exp(-log_weight)
+    assert_within(jnp.mean(inverse), 1.0, jnp.std(inverse) / np.sqrt(4000))
+    assert found.elbo < 0.0 < jnp.mean(log_weight)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
