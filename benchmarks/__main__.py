@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a suite, append its rows to a file of JSON lines, and print them as a table.
+"""Run a suite, append its rows to a file of JSON lines, and print their medians over seeds as a table.
 
-python -m benchmarks posteriors [--only NAME,...] [--samplers nuts,smc,dis,sbtm] [--seed 0] [--output FILE]
+python -m benchmarks posteriors [--only NAME;...] [--samplers nuts;smc;dis;sbtm] [--seeds 3] [--output FILE]
+python -m benchmarks diffusions [--only NAME;...] [--samplers default] [--seeds 3] [--output FILE]
 """
 
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,9 +16,9 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import posteriors
+from benchmarks import diffusions, posteriors
 
-SUITES = {"posteriors": posteriors}
+SUITES = {"diffusions": diffusions, "posteriors": posteriors}
 
 
 def provenance():
@@ -31,32 +33,44 @@ def provenance():
     }
 
 
+def median(rows):
+    """The median of every number; of other values the most frequent one."""
+    found = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        number = isinstance(first, int | float) and not isinstance(first, bool)
+        found[name] = statistics.median(values) if number else statistics.mode(values)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--only", default="", help="comma-separated names of problems")
-    parser.add_argument("--samplers", default="", help="comma-separated names of samplers")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="names of problems with semicolons between them")
+    parser.add_argument("--samplers", default="", help="names of samplers with semicolons between them")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     parser.add_argument("--output", type=Path, help="a file of JSON lines to append to")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    problems = [name for name in args.only.split(",") if name] or list(suite.PROBLEMS)
-    samplers = [name for name in args.samplers.split(",") if name] or list(suite.SAMPLERS)
+    problems = [name for name in args.only.split(";") if name] or list(suite.PROBLEMS)
+    samplers = [name for name in args.samplers.split(";") if name] or list(suite.SAMPLERS)
     for name, known in ((problems, suite.PROBLEMS), (samplers, suite.SAMPLERS)):
         if unknown := set(name) - set(known):
-            parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {'; '.join(known)}")
     origin = provenance()
     print(suite.HEADER)
     for problem in problems:
         for sampler in samplers:
-            row = suite.measure(problem, sampler, args.seed)
-            print(suite.table_line(row), flush=True)
-            if args.output:
-                with args.output.open("a") as lines:
-                    row = {"suite": args.suite, "seed": args.seed, **row}
-                    lines.write(json.dumps(row | origin) + "\n")
+            rows = []
+            for seed in range(args.seeds):
+                rows.append(suite.measure(problem, sampler, seed))
+                if args.output:
+                    with args.output.open("a") as lines:
+                        row = {"suite": args.suite, "seed": seed, **rows[-1]}
+                        lines.write(json.dumps(row | origin) + "\n")
+            print(suite.table_line(median(rows)), flush=True)
 
 
 if __name__ == "__main__":

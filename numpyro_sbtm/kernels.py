@@ -52,7 +52,7 @@ DIVERGENCES: dict[str, Callable[[], Divergence]] = {
 }
 """Divergences by name."""
 
-_MAX_ENSEMBLE_DIM = 32
+_MAX_FLOW_DIM = 32  # a draw of a flow costs as many Jacobian-vector products as there are dimensions
 
 _MODEL = """
         model: a NumPyro model.
@@ -88,9 +88,9 @@ _COMMON = """
             steps), 'mala', 'nuts', or None. Proposals travel between modes; it repairs what they get
             wrong within one.
         smc_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
-            many, with their mean weight: for diffusions by a particle filter along the paths, for transport
+            many, with their mean weight: by a particle filter along the paths, for a flow without noise
             among independent draws. Draws stay exact and cost as many times more; below two: never. It is not
-            done for large data, nor with ``shared=False``, nor by transport above 32 dimensions.
+            done for large data, nor with ``shared=False``.
         forward_mode_differentiation: differentiate the model in forward mode, for ``while_loop``.
         init_strategy: one of NumPyro's initialisation strategies.
 """
@@ -306,6 +306,8 @@ class SBTMKernel(LearnedKernel):
         depth: number of its hidden layers.
         scale: standard deviation of the particles' first law, in whitened units, where the warm start is one
             normal distribution and not near exact.
+        noisy: whether proposals follow the maps with noise, with exact path weights, instead of the flow with
+            its determinants, whose cost grows with the cube of the dimension. None: above 32 dimensions.
 {_COMMON.strip(chr(10))}
 
     Raises:
@@ -340,6 +342,7 @@ class SBTMKernel(LearnedKernel):
         width: int = 64,
         depth: int = 2,
         scale: float = 1.2,
+        noisy: bool | None = None,
         precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
@@ -372,14 +375,12 @@ class SBTMKernel(LearnedKernel):
             num_maps=num_maps,
         )
         self._num_maps = num_maps
-        self._sizes = {
-            "num_particles": num_particles,
-            "num_updates": num_updates,
-            "batch_size": min(batch_size, num_particles),
-        }
+        self._num_particles, self._num_updates = num_particles, num_updates
+        self._batch_size = min(batch_size, num_particles)
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._duration = duration
+        self._noisy = noisy
         self._scale = scale
 
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
@@ -395,9 +396,11 @@ class SBTMKernel(LearnedKernel):
             steps_per_map=num_warmup // num_maps,
             duration=self._duration,
             base=warm.reference._replace(std=scale * warm.reference.std),
-            # a draw of a flow costs as many Jacobian-vector products as there are dimensions
-            smc_particles=self._smc_particles if target.dim <= _MAX_ENSEMBLE_DIM else 0,
-            **self._sizes,
+            noisy=target.dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy,
+            smc_particles=self._smc_particles,
+            num_particles=self._num_particles,
+            num_updates=self._num_updates,
+            batch_size=self._batch_size,
         )
 
 

@@ -8,8 +8,8 @@ import optax
 import pytest
 from helpers import assert_within, correlated, two_modes
 
-from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.sbtm import pull, push
+from numpyro_sbtm.core import Net, sbtm, simulate
+from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push
 from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
@@ -98,6 +98,11 @@ def test_gaussians_need_no_network():
     draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, 20_000)
     found = draws.x.var(0)
     np.testing.assert_allclose(found, variance, rtol=0.05)
+    # with noise, and the velocities that are right for this law, the marginals are the same
+    process = noisy_transport(NET, 100, standard_normal(2))
+    end = lambda k: simulate(process, (state.maps, jnp.array(0.3)), target, k).xs[-1]  # noqa: E731
+    ends = jax.jit(jax.vmap(end))(jax.random.split(jax.random.key(2), 20_000))
+    np.testing.assert_allclose(jnp.var(ends, 0), variance, rtol=0.05)
 
 
 def test_steps_shrink_so_that_maps_stay_one_to_one():
@@ -185,6 +190,44 @@ def test_draws_end_where_the_divergence_was_least(flow):
     start = jax.vmap(standard_normal(2, 1.5).sample)(jax.random.split(jax.random.key(3), 50))
     first = jax.tree.map(lambda leaf: leaf[:1], state.maps)
     np.testing.assert_allclose(draws.x, composed(start, first)[0], atol=1e-12)
+
+
+# ------------------------------------------------------------------ noise instead of determinants
+@pytest.fixture(scope="module")
+def noisy():
+    jax.config.update("jax_enable_x64", True)
+    base = standard_normal(2, 2.0)
+    return trained(two_modes(), steps=24, num_maps=24, steps_per_map=1, duration=1.0, base=base, noisy=True)
+
+
+def test_weights_of_noisy_paths_are_unbiased_both_ways(noisy):
+    """E[w] = Z on fresh paths, and E[1/w] = 1/Z on paths that end in exact draws; barely trained."""
+    algorithm, state, _ = noisy
+    assert int(jnp.argmin(state.divergence)) > 0
+    draws = jax.jit(lambda: algorithm.draw(jax.random.key(3), state, 20_000))()
+    weight = jnp.exp(draws.log_weight)
+    assert 0.05 < jnp.std(draws.log_weight) < 1.5
+    assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(20_000))
+    x = two_modes().sample(jax.random.key(4), 20_000)
+    keys = jax.random.split(jax.random.key(5), 20_000)
+    weight = jnp.exp(-jax.jit(jax.vmap(lambda k, y: algorithm.weigh(k, state, y)))(keys, x))
+    assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(20_000))
+
+
+def test_at_rest_noisy_weights_vary_with_the_square_of_the_step():
+    """For target and base N(0, I) and v = 0 the steps are Langevin's; Var log w falls fourfold with h / 2."""
+    target = gaussian(np.zeros(2), np.eye(2))
+    still = Net(lambda key, dim: jnp.zeros(0), lambda params, x: 0.0 * x)
+
+    def variance(n):
+        process = noisy_transport(still, n, standard_normal(2))
+        zeros = jnp.zeros((n, 2))
+        none, eye = jnp.zeros((n, 2, 2)), jnp.tile(jnp.eye(2), (n, 1, 1))
+        maps = Maps(jnp.zeros((n, 0)), zeros, eye, zeros, none, jnp.full(n, 1.0 / n))
+        one = lambda k: simulate(process, (maps, jnp.array(0.5)), target, k).log_weight  # noqa: E731
+        return float(jnp.var(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))))
+
+    assert 3.4 < variance(8) / variance(16) < 4.6
 
 
 def test_clear_errors():

@@ -4,7 +4,8 @@
     dx/dt = ∇log π(x) - s(x),      s learned on the particles, step by step.
 
 The sequence of maps that the particles leave behind is a normalising flow: for points that were never
-trained on, the density after the last map is known exactly.
+trained on, the density after the last map is known exactly. Where its determinants are too dear, fresh points
+follow the same velocities with noise, and the weights of their paths are exact (`noisy_transport`).
 """
 
 from typing import NamedTuple
@@ -12,47 +13,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
+from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble, Info, guarded_update
+from numpyro_sbtm.core.divergence import log_variance
+from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push, velocity
+from numpyro_sbtm.core.path import evaluate, noise_path, simulate
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.score import implicit_score_loss
-from numpyro_sbtm.core.smc import independent_ensemble
+from numpyro_sbtm.core.smc import independent_ensemble, path_ensemble
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
 from numpyro_sbtm.core.transition import Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
 
-__all__ = ["Maps", "SBTMState", "pull", "push", "sbtm"]
+__all__ = ["SBTMState", "sbtm"]
 
-_MAX_INVERSION_STEPS = 50
 _INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
 _NUM_PROBES = 1024
 _PATIENCE = 15  # maps without a lower divergence after which no more are made
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
+_NOISES = (0.02, 0.05, 0.1, 0.2, 0.5)  # among which the variance of the weights decides
+_FIRST_NOISE = 0.1  # while the maps are made
+_NUM_JUDGED = 256  # paths that judge each of them
 _PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
-
-
-class Maps(NamedTuple):
-    """The maps x ↦ x + h v(x), stacked: leading axis K.
-
-        v(x) = b + W (x - μ) + Rᵀ net(R (x - μ)),       R = L⁻¹.
-
-    Attributes:
-        params: parameters of the network.
-        mean: the particles' mean μ, shape ``[K, d]``.
-        whitener: R, the inverse of a Cholesky factor L of their covariance, shape ``[K, d, d]``.
-        drift: b, shape ``[K, d]``.
-        slope: W, shape ``[K, d, d]``.
-        step_size: h, shape ``[K]``; zero for a map not made yet, which is then the identity.
-    """
-
-    params: Params
-    mean: Float[Array, "K d"]
-    whitener: Float[Array, "K d d"]
-    drift: Float[Array, "K d"]
-    slope: Float[Array, "K d d"]
-    step_size: Float[Array, " K"]
 
 
 class SBTMState(NamedTuple):
@@ -66,9 +50,12 @@ class SBTMState(NamedTuple):
         current: the map being learned, with step size zero, without the leading axis.
         maps: the maps made so far.
         probes: points for no training, carried along, shape ``[m, d]``.
-        probe_log_q: log density of the law they come from, shape ``[m]``.
+        probe_scores: the target's score at the probes, shape ``[m, d]``.
+        probe_log_q: log density of the law they come from, shape ``[m]``; of noisy paths, forward over
+            backward density.
         divergence: KL(q | π) + log Z after every map, from the probes; its first entry is before any,
             shape ``[K+1]``.
+        noise: b of noisy draws, shape ``[]``; zero for the flow.
     """
 
     step: Int[Array, ""]
@@ -78,73 +65,10 @@ class SBTMState(NamedTuple):
     current: Maps
     maps: Maps
     probes: Float[Array, "m d"]
+    probe_scores: Float[Array, "m d"]
     probe_log_q: Float[Array, " m"]
     divergence: Float[Array, " K1"]
-
-
-def _velocity(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
-    centred = x - one.mean
-    correction = one.whitener.T @ net.apply(one.params, one.whitener @ centred)
-    return one.drift + one.slope @ centred + correction
-
-
-def push(
-    net: Net, maps: Maps, x: Float[Array, " d"]
-) -> tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]:
-    """Carry one point through all maps.
-
-    Args:
-        net: the network.
-        maps: the maps.
-        x: the point, shape ``[d]``.
-
-    Returns:
-        The image, the log-determinant of the composed map, and the largest h ‖Dv‖ met on the way,
-        which is below one where the maps are one-to-one.
-    """
-
-    def step(carry, one: Maps):  # type: ignore[no-untyped-def]
-        x, log_det, worst = carry
-        x, change, stretch = euler_map(lambda y: _velocity(net, one, y), one.step_size, x)
-        return (x, log_det + change, jnp.maximum(worst, stretch)), None
-
-    zero = jnp.zeros((), x.dtype)
-    return jax.lax.scan(step, (x, zero, zero), maps)[0]
-
-
-def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
-    """Carry one point back through all maps: the inverse of `push`.
-
-    Every map is undone by the iteration x ← y - h v(x), a contraction where h Lip(v) < 1.
-
-    Args:
-        net: the network.
-        maps: the maps.
-        x: the point, shape ``[d]``.
-
-    Returns:
-        The point that `push` carries to x, and the largest change in a last iteration: not small where
-        an iteration did not converge.
-    """
-    tolerance = 4.0 * jnp.finfo(x.dtype).eps
-
-    def undo(carry, one: Maps):  # type: ignore[no-untyped-def]
-        image, worst = carry
-
-        def iterate(inner):  # type: ignore[no-untyped-def]
-            k, y, _ = inner
-            new = image - one.step_size * _velocity(net, one, y)
-            return k + 1, new, jnp.max(jnp.abs(new - y))
-
-        def unfinished(inner):  # type: ignore[no-untyped-def]
-            k, y, change = inner
-            return (change > tolerance * (1.0 + jnp.max(jnp.abs(y)))) & (k < _MAX_INVERSION_STEPS)
-
-        first = jnp.zeros((), jnp.int32), image, jnp.asarray(jnp.inf, image.dtype)
-        _, y, change = jax.lax.while_loop(unfinished, iterate, first)
-        return (y, jnp.maximum(worst, change)), None
-
-    return jax.lax.scan(undo, (x, jnp.zeros((), x.dtype)), maps, reverse=True)[0]
+    noise: Float[Array, ""]
 
 
 def _affine_part(particles: Float[Array, "n d"], scores: Float[Array, "n d"], params: Params) -> Maps:
@@ -176,6 +100,7 @@ def sbtm(
     duration: float = 2.0,
     base: Transition | None = None,
     max_stretch: float = 0.5,
+    noisy: bool = False,
     smc_particles: int = 0,
 ) -> Algorithm:
     """Make the algorithm of score-based transport modelling.
@@ -198,12 +123,14 @@ def sbtm(
         duration: total time of the flow; the time step is ``duration / num_maps`` or less.
         base: the first law, wider than the target; None for N(0, I).
         max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one.
-        smc_particles: draws behind each proposal of the ensemble (see `independent_ensemble`); none
-            below two.
+        noisy: draw paths with noise instead of points of the flow. The noise is chosen at the end of
+            training, by the variance of the weights.
+        smc_particles: draws behind each proposal of the ensemble (see `independent_ensemble`, and for noisy
+            draws `path_ensemble`); none below two.
 
     Returns:
-        The algorithm. A map costs n gradients and a few Hessian-vector products; a draw costs
-        K (d + 1) of them.
+        The algorithm. A map costs n gradients; a draw costs one and K (d + 1) evaluations of the network, or
+        with noise K + 1 and 2 K.
 
     Raises:
         ValueError: for sizes out of range.
@@ -237,15 +164,19 @@ def sbtm(
         )
     base = standard_normal(dim) if base is None else base
 
+    process = noisy_transport(net, num_maps, base)
+
     def look(
-        particles: Float[Array, "n d"], probes: Float[Array, "m d"], log_q: Float[Array, " m"]
-    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-        """Evaluate the scores at the particles, and the divergence from the probes, in one batch."""
+        particles: Float[Array, "n d"], probes: Float[Array, "m d"]
+    ) -> tuple[Float[Array, "n d"], Float[Array, "m d"], Float[Array, " m"]]:
+        """Evaluate the scores at particles and probes, and the density at the probes, in one batch."""
         values, scores = jax.vmap(lambda y: value_and_score(target, y))(jnp.concatenate([particles, probes]))
-        excess = log_q - values[len(particles) :]
-        return bounded(scores[: len(particles)]), jnp.mean(
-            jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS)
-        )
+        n = len(particles)
+        return bounded(scores[:n]), scores[n:], values[n:]
+
+    def divergence_of(log_q: Float[Array, " m"], log_target: Float[Array, " m"]) -> Float[Array, ""]:
+        excess = log_q - log_target
+        return jnp.mean(jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS))
 
     def bounded(scores: Float[Array, "n d"]) -> Float[Array, "n d"]:
         scores = jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
@@ -259,13 +190,24 @@ def sbtm(
         particles = jax.vmap(base.sample)(jax.random.split(key_particles, num_particles))
         probes = jax.vmap(base.sample)(jax.random.split(key_probes, _NUM_PROBES))
         log_q = jax.vmap(base.log_prob)(probes)
-        scores, found = look(particles, probes, log_q)
+        scores, probe_scores, log_target = look(particles, probes)
         current = _affine_part(particles, scores, params)
         maps = jax.tree.map(lambda leaf: jnp.zeros((num_maps, *leaf.shape), leaf.dtype), current)
         zero = jnp.zeros((), jnp.int32)
-        divergence = jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(found)
-        opt_state = optimiser.init(params)
-        return SBTMState(zero, particles, scores, opt_state, current, maps, probes, log_q, divergence)
+        found = divergence_of(log_q, log_target)
+        return SBTMState(
+            zero,
+            particles,
+            scores,
+            optimiser.init(params),
+            current,
+            maps,
+            probes,
+            probe_scores,
+            log_q,
+            jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(found),
+            jnp.asarray(_FIRST_NOISE if noisy else 0.0, log_q.dtype),
+        )
 
     def train(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:
         def update(carry, key_k):  # type: ignore[no-untyped-def]
@@ -276,7 +218,7 @@ def sbtm(
             def loss_fn(params: Params) -> Float[Array, ""]:
                 one = state.current._replace(params=params)
                 return implicit_score_loss(
-                    lambda y: _velocity(net, one, y),
+                    lambda y: velocity(net, one, y),
                     state.particles[batch],
                     state.scores[batch],
                     key_probe,
@@ -293,52 +235,88 @@ def sbtm(
         info = Info(jnp.mean(losses), jnp.sum(skips, dtype=jnp.int32), zero, unfinished)
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
 
-    def move(state: SBTMState) -> SBTMState:
-        def velocity(x: Float[Array, " d"]) -> Float[Array, " d"]:
-            return _velocity(net, state.current, x)
+    def move(key: Key, state: SBTMState) -> SBTMState:
+        def field(x: Float[Array, " d"]) -> Float[Array, " d"]:
+            return velocity(net, state.current, x)
 
         probed = state.particles[:_PROBED]
-        lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(velocity)(x)))(probed))
+        lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(field)(x)))(probed))
         longest = duration / num_maps
         step_size = jnp.minimum(longest, max_stretch / jnp.maximum(lipschitz, max_stretch / longest))
-        particles = state.particles + step_size * jax.vmap(velocity)(state.particles)
-        probes, change, _ = jax.vmap(lambda x: euler_map(velocity, step_size, x))(state.probes)
-        log_q = state.probe_log_q - change
-        scores, found = look(particles, probes, log_q)
         made = state.current._replace(step_size=step_size.astype(state.current.mean.dtype))
-        current = _affine_part(particles, scores, state.current.params)
         k = state.step // steps_per_map
+        maps = jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made)
+        particles = state.particles + step_size * jax.vmap(field)(state.particles)
+        if noisy:
+            there = jax.vmap(lambda x, g: process.forward((maps, state.noise), k, x, g))(
+                state.probes, state.probe_scores
+            )
+            probes = jax.vmap(lambda one, key: one.sample(key))(there, jax.random.split(key, _NUM_PROBES))
+            scores, probe_scores, log_target = look(particles, probes)
+            back = jax.vmap(lambda x, g: process.backward((maps, state.noise), k, x, g))(probes, probe_scores)
+            log_prob = jax.vmap(lambda one, x: one.log_prob(x))
+            log_q = state.probe_log_q + log_prob(there, probes) - log_prob(back, state.probes)
+        else:
+            probes, change, _ = jax.vmap(lambda x: euler_map(field, step_size, x))(state.probes)
+            scores, probe_scores, log_target = look(particles, probes)
+            log_q = state.probe_log_q - change
+        current = _affine_part(particles, scores, state.current.params)
         moved = state._replace(
             particles=particles,
             scores=scores,
             current=current,
-            maps=jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made),
+            maps=maps,
             probes=probes,
+            probe_scores=probe_scores,
             probe_log_q=log_q,
-            divergence=state.divergence.at[k + 1].set(found),
+            divergence=state.divergence.at[k + 1].set(divergence_of(log_q, log_target)),
         )
         good = jnp.all(
             jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))])
         )
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
 
+    def complete(state: SBTMState) -> Bool[Array, ""]:
+        """Say whether another step would gain nothing."""
+        stale = state.step // steps_per_map - jnp.argmin(state.divergence) > _PATIENCE
+        return stale | (state.step >= num_maps * steps_per_map)
+
+    def choose_noise(key: Key, state: SBTMState) -> SBTMState:
+        """Take the noise under which the log weights of fresh paths vary least."""
+        keys = jax.random.split(key, _NUM_JUDGED)
+
+        def variance(noise: Float[Array, ""]) -> Float[Array, ""]:
+            paths = jax.vmap(lambda k: simulate(process, (best(state), noise), target, k))(keys)
+            return log_variance().value(paths)
+
+        noises = jnp.asarray(_NOISES, state.noise.dtype)
+        return state._replace(noise=noises[jnp.argmin(jax.lax.map(variance, noises))])
+
     def step(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:
+        key_train, key_move, key_noise = jax.random.split(key, 3) if noisy else (key, key, key)
+        before = complete(state)
+
         def work(state: SBTMState) -> tuple[SBTMState, Info]:
-            state, info = train(key, state)
+            state, info = train(key_train, state)
             due = (state.step + 1) % steps_per_map == 0
-            state = jax.lax.cond(due, move, lambda state: state, state)
+            state = jax.lax.cond(due, lambda state: move(key_move, state), lambda state: state, state)
             gradients = jnp.where(due, num_particles + _NUM_PROBES, 0)
-            return state, info._replace(gradients=gradients.astype(jnp.int32))
+            return state._replace(step=state.step + 1), info._replace(gradients=gradients.astype(jnp.int32))
 
         def rest(state: SBTMState) -> tuple[SBTMState, Info]:
             zero = jnp.zeros((), jnp.int32)
             return state, Info(jnp.asarray(jnp.nan, state.particles.dtype), zero, zero, jnp.zeros((), bool))
 
-        state, info = jax.lax.cond(state.step < num_maps * steps_per_map, work, rest, state)
-        made = (state.step + 1) // steps_per_map
-        stale = made - jnp.argmin(state.divergence) > _PATIENCE
-        finished = stale | (state.step + 1 >= num_maps * steps_per_map)
-        return state._replace(step=state.step + 1), info._replace(finished=finished)
+        state, info = jax.lax.cond(before, rest, work, state)
+        finished = complete(state)
+        if noisy:
+            last = finished & ~before
+            state = jax.lax.cond(
+                last, lambda state: choose_noise(key_noise, state), lambda state: state, state
+            )
+            judged = len(_NOISES) * _NUM_JUDGED * (num_maps + 1)
+            info = info._replace(gradients=info.gradients + jnp.where(last, judged, 0).astype(jnp.int32))
+        return state, info._replace(finished=finished)
 
     def best(state: SBTMState) -> Maps:
         used = jnp.arange(num_maps) < jnp.argmin(state.divergence)
@@ -361,7 +339,27 @@ def sbtm(
         there = (error < _INVERSION_ERROR) & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
         return jnp.where(there, log_weight, jnp.nan)
 
-    algorithm = Algorithm(init, step, draw, weigh)
+    def draw_noisy(key: Key, state: SBTMState, n: int) -> Draws:
+        params = best(state), state.noise
+        paths = jax.vmap(lambda k: simulate(process, params, target, k))(jax.random.split(key, n))
+        return Draws(paths.xs[:, -1], paths.log_weight, paths.log_target, jnp.ones(n, bool))
+
+    def weigh_noisy(key: Key, state: SBTMState, x: Float[Array, " d"]) -> Float[Array, ""]:
+        params = best(state), state.noise
+        xs = noise_path(process, params, target, key, x)
+        return evaluate(process, params, target, xs).log_weight
+
+    if not noisy:
+        algorithm = Algorithm(init, step, draw, weigh)
+        if smc_particles > 1:
+            algorithm = algorithm._replace(ensemble=independent_ensemble(algorithm, smc_particles))
+        return algorithm
+    algorithm = Algorithm(init, step, draw_noisy, weigh_noisy)
     if smc_particles > 1:
-        algorithm = algorithm._replace(ensemble=independent_ensemble(algorithm, smc_particles))
+        paths = path_ensemble(process, target, smc_particles)
+        ensemble = Ensemble(
+            lambda key, state, n: paths.draw(key, (best(state), state.noise), n),
+            lambda key, state, x: paths.weigh(key, (best(state), state.noise), x),
+        )
+        algorithm = algorithm._replace(ensemble=ensemble)
     return algorithm

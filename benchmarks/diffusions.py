@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned diffusions on the targets of the field: bounds and importance estimates of log Z, modes, cost.
+
+The posteriors of Brownian motion, seeds and ionosphere need ``brownian.json``, ``seeds.json`` and
+``ionosphere.json`` in the folder that the environment variable NUMPYRO_SBTM_DATA names.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import monitoring
+from numpyro.infer import MCMC
+
+from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, report, targets
+from numpyro_sbtm.core.target import Target
+
+__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "table_line"]
+
+NUM_CHAINS, NUM_DRAWS, NUM_WARMUP = 4, 1000, 2000
+NUM_PROPOSALS = 16_384
+NUM_EXACT = 4000  # exact draws that are weighed for the upper bound
+NUM_TRANSPORTED = 2000  # points of the Sinkhorn divergence
+
+_DATA = os.environ.get("NUMPYRO_SBTM_DATA")
+_BROWNIAN_LOG_Z = 1.1876  # the locations integrate out, the two scales by quadrature
+_CANCER_LOG_Z = -77.595  # ± 0.011, importance sampling; so are the next two
+_IONOSPHERE_LOG_Z = -111.6091  # ± 0.0033
+_SEEDS_LOG_Z = -73.406  # ± 0.006
+
+
+def _load(name):
+    return json.loads((Path(_DATA) / f"{name}.json").read_text())
+
+
+def cancer():
+    from sklearn.datasets import load_breast_cancer
+
+    features, labels = load_breast_cancer(return_X_y=True)
+    return targets.logistic_regression(features, labels.astype(float), 10.0)._replace(log_z=_CANCER_LOG_Z)
+
+
+def ionosphere():
+    data = _load("ionosphere")
+    features, labels = np.asarray(data["X"], float), np.asarray(data["y"], float)
+    return targets.logistic_regression(features, labels)._replace(log_z=_IONOSPHERE_LOG_Z)
+
+
+def seeds():
+    data = _load("seeds")
+    columns = (np.asarray(data[name]) for name in ("R", "N", "X1", "X2"))
+    return targets.seeds(*columns)._replace(log_z=_SEEDS_LOG_Z)
+
+
+def brownian():
+    return targets.brownian(np.array(_load("brownian")["observed"], float))._replace(log_z=_BROWNIAN_LOG_Z)
+
+
+PROBLEMS: dict[str, Callable[[], Target]] = {
+    "nine modes": targets.nine_modes,
+    "funnel": targets.funnel,
+    "double wells (5, 5, 4)": targets.double_wells,
+    "double wells (50, 5, 2)": lambda: targets.double_wells(50, 5, 2.0),
+    "forty modes": targets.forty_modes,
+    "many well": targets.many_well,
+    "rings": targets.rings,
+    "Student mixture": targets.student_t_mixture,
+    "cancer": cancer,
+}
+if _DATA is not None:
+    PROBLEMS |= {"ionosphere": ionosphere, "seeds": seeds, "brownian": brownian}
+
+
+def _plain(process, divergence):
+    """A process on its own: no warm start, no whitening, no paths from the target's side, no local moves."""
+    return partial(
+        DiffusionKernel,
+        process=process,
+        divergence=divergence,
+        precondition=None,
+        local_kernel=None,
+        smc_particles=0,
+    )
+
+
+SAMPLERS = {
+    "default": LogVarianceDISKernel,
+    "single paths": partial(LogVarianceDISKernel, smc_particles=0),
+} | {
+    f"{process}, {divergence}": _plain(process, divergence)
+    for process in ("pis-control", "dis-euler", "dds-control")
+    for divergence in ("kl", "log-variance")
+}
+
+
+class _Compilation:
+    """Seconds that JAX spends on tracing and compiling."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event, seconds, **_):
+        if event.startswith("/jax/core/compile"):
+            self.seconds += seconds
+
+
+_compilation = _Compilation()
+
+
+def _sinkhorn(x, y):
+    """The debiased Sinkhorn divergence of squared distances."""
+    from ott.tools import sinkhorn_divergence
+
+    found = sinkhorn_divergence.sinkdiv(x=x, y=y, epsilon=None)
+    return float(found[0])
+
+
+def measure(name, sampler, seed):
+    """Run one sampler on one problem; returns a row of plain values."""
+    target = PROBLEMS[name]()
+    kernel = SAMPLERS[sampler](targets.as_model(target))
+    mcmc = MCMC(
+        kernel,
+        num_warmup=NUM_WARMUP,
+        num_samples=NUM_DRAWS,
+        num_chains=NUM_CHAINS,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    compiling, start = _compilation.seconds, time.perf_counter()
+    mcmc.warmup(jax.random.key(seed))
+    jax.block_until_ready(mcmc.post_warmup_state)
+    warm, compiled = time.perf_counter() - start, _compilation.seconds - compiling
+    mcmc.run(jax.random.key(seed + 1))
+    found = report(mcmc, num_proposals=NUM_PROPOSALS)
+    state = mcmc.last_state
+    row = {
+        "problem": name,
+        "sampler": sampler,
+        "verdict": found.verdict,
+        "warmup_s": warm,
+        "compilation_s": compiled,
+        "draws_s": time.perf_counter() - start - warm,
+        "warmup_gradients": found.gradients,
+        "training_steps": found.training_steps,
+        "ensemble": found.ensemble,
+        "gap": target.log_z - found.elbo,
+        "ess_fraction": found.ess_fraction,
+        "khat": found.khat,
+        "log_evidence_error": found.log_evidence - target.log_z,
+        "log_evidence_se": found.log_evidence_se,
+        "acceptance": found.acceptance,
+        "max_rhat": found.max_rhat,
+    }
+    draws = mcmc.get_samples()["x"]
+    if target.sample is not None:
+        exact = target.sample(jax.random.key(seed + 2), 2 * NUM_EXACT)
+        weights = kernel.weigh(state, exact[:NUM_EXACT], jax.random.key(seed + 3))
+        row["upper_gap"] = float(jnp.nanmean(weights)) - target.log_z
+        first, second = exact[:NUM_TRANSPORTED], exact[NUM_EXACT : NUM_EXACT + NUM_TRANSPORTED]
+        row["sinkhorn"] = _sinkhorn(draws[:: len(draws) // NUM_TRANSPORTED], first)
+        row["sinkhorn_floor"] = _sinkhorn(second, first)
+    if target.modes is not None:
+        # proposals with their weights: the same number of independent draws on every target
+        fresh = kernel.propose(state, NUM_PROPOSALS, jax.random.key(seed + 4))
+        weight = jax.nn.softmax(jnp.nan_to_num(fresh.log_weight, nan=-jnp.inf))
+        off = np.asarray(weight @ jax.vmap(target.modes.membership)(fresh.x)) - target.modes.masses
+        row["mass_error"] = float(np.abs(off).max())
+        row["mass_tv"] = float(0.5 * np.abs(off).sum())
+        row["modes_found"] = int(np.sum(target.modes.masses + off > 0.2 * target.modes.masses))
+    return row
+
+
+_COLUMNS = (
+    "target",
+    "sampler",
+    "verdict",
+    "warm-up s (compiling)",
+    "gradients",
+    "log Z - ELBO",
+    "EUBO - log Z",
+    "ESS fraction",
+    "log Z error",
+    "largest mass error (TV)",
+    "Sinkhorn (floor)",
+)
+HEADER = "| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|"
+
+
+def table_line(row):
+    """Format a row for `HEADER`; a dash where there is no such number."""
+    optional = lambda text, key: text.format(**row) if key in row else "–"  # noqa: E731
+    cells = [
+        row["problem"],
+        row["sampler"] + (", chosen among several" if row["ensemble"] else ""),
+        row["verdict"],
+        "{warmup_s:.0f} ({compilation_s:.0f})".format(**row),
+        "{warmup_gradients:,.0f}".format(**row),
+        "{gap:.3f}".format(**row),
+        optional("{upper_gap:.3f}", "upper_gap"),
+        "{ess_fraction:.3f}".format(**row),
+        "{log_evidence_error:+.4f} ± {log_evidence_se:.4f}".format(**row),
+        optional("{mass_error:.4f} ({mass_tv:.3f})", "mass_error"),
+        optional("{sinkhorn:.3g} ({sinkhorn_floor:.3g})", "sinkhorn"),
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transport leaves behind: a stack of maps, followed exactly, or with noise and without determinants."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from numpyro_sbtm.core.controlled import Pinned
+from numpyro_sbtm.core.process import Net, Process
+from numpyro_sbtm.core.target import Params
+from numpyro_sbtm.core.transition import Transition
+from numpyro_sbtm.core.transport import euler_map
+
+__all__ = ["Maps", "noisy_transport", "pull", "push", "velocity"]
+
+_MAX_INVERSION_STEPS = 50
+
+
+class Maps(NamedTuple):
+    """The maps x ↦ x + h v(x), stacked: leading axis K.
+
+        v(x) = b + W (x - μ) + Rᵀ net(R (x - μ)),       R = L⁻¹.
+
+    Attributes:
+        params: parameters of the network.
+        mean: the particles' mean μ, shape ``[K, d]``.
+        whitener: R, the inverse of a Cholesky factor L of their covariance, shape ``[K, d, d]``.
+        drift: b, shape ``[K, d]``.
+        slope: W, shape ``[K, d, d]``.
+        step_size: h, shape ``[K]``; zero for a map not made yet, which is then the identity.
+    """
+
+    params: Params
+    mean: Float[Array, "K d"]
+    whitener: Float[Array, "K d d"]
+    drift: Float[Array, "K d"]
+    slope: Float[Array, "K d d"]
+    step_size: Float[Array, " K"]
+
+
+def velocity(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Evaluate v(x) for one map, without the leading axis."""
+    centred = x - one.mean
+    correction = one.whitener.T @ net.apply(one.params, one.whitener @ centred)
+    return one.drift + one.slope @ centred + correction
+
+
+def push(
+    net: Net, maps: Maps, x: Float[Array, " d"]
+) -> tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]:
+    """Carry one point through all maps.
+
+    Args:
+        net: the network.
+        maps: the maps.
+        x: the point, shape ``[d]``.
+
+    Returns:
+        The image, the log-determinant of the composed map, and the largest h ‖Dv‖ met on the way,
+        which is below one where the maps are one-to-one.
+    """
+
+    def step(carry, one: Maps):  # type: ignore[no-untyped-def]
+        x, log_det, worst = carry
+        x, change, stretch = euler_map(lambda y: velocity(net, one, y), one.step_size, x)
+        return (x, log_det + change, jnp.maximum(worst, stretch)), None
+
+    zero = jnp.zeros((), x.dtype)
+    return jax.lax.scan(step, (x, zero, zero), maps)[0]
+
+
+def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+    """Carry one point back through all maps: the inverse of `push`.
+
+    Every map is undone by the iteration x ← y - h v(x), a contraction where h Lip(v) < 1.
+
+    Args:
+        net: the network.
+        maps: the maps.
+        x: the point, shape ``[d]``.
+
+    Returns:
+        The point that `push` carries to x, and the largest change in a last iteration: not small where
+        an iteration did not converge.
+    """
+    tolerance = 4.0 * jnp.finfo(x.dtype).eps
+
+    def undo(carry, one: Maps):  # type: ignore[no-untyped-def]
+        image, worst = carry
+
+        def iterate(inner):  # type: ignore[no-untyped-def]
+            k, y, _ = inner
+            new = image - one.step_size * velocity(net, one, y)
+            return k + 1, new, jnp.max(jnp.abs(new - y))
+
+        def unfinished(inner):  # type: ignore[no-untyped-def]
+            k, y, change = inner
+            return (change > tolerance * (1.0 + jnp.max(jnp.abs(y)))) & (k < _MAX_INVERSION_STEPS)
+
+        first = jnp.zeros((), jnp.int32), image, jnp.asarray(jnp.inf, image.dtype)
+        _, y, change = jax.lax.while_loop(unfinished, iterate, first)
+        return (y, jnp.maximum(worst, change)), None
+
+    return jax.lax.scan(undo, (x, jnp.zeros((), x.dtype)), maps, reverse=True)[0]
+
+
+def noisy_transport(net: Net, num_maps: int, base: Transition) -> Process:
+    """Make the process that follows the maps with noise: the same marginals in the limit of small steps.
+
+    With v = g - s, for the target's score g and the particles' score s, and a noise b > 0,
+
+        F_k(x' | x) = N(x + h_k (b g(x) + (1-b) v_k(x)), 2 b h_k I),
+        B_k(x | x') = N(x' + h_k (b g(x') - (1+b) v_k(x')), 2 b h_k I).
+
+    The second is the time reversal of the first where v is exact, whatever b is. Path weights are exact for
+    any v, without a determinant, and the maps need not be one-to-one: a step costs one target gradient and
+    two evaluations of the network, in any dimension. Where v = 0 both are Langevin steps.
+
+    Args:
+        net: the network of the maps.
+        num_maps: K.
+        base: the law of x_0.
+
+    Returns:
+        The process, of parameters ``(maps, b)``. Steps of size zero stay where they are.
+
+    Reference:
+        The family of diffusions with given marginals: Song et al. (2021), arXiv:2011.13456, eq. 13 and
+        appendix D; Albergo et al. (2023), arXiv:2303.08797, section 2.4.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net
+        >>> from numpyro_sbtm.core.flow import Maps, noisy_transport
+        >>> from numpyro_sbtm.core.transition import standard_normal
+        >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
+        >>> zeros, eye = jnp.zeros((1, 2)), jnp.eye(2)[None]
+        >>> maps = Maps((), zeros, eye, zeros, 0.0 * eye, jnp.array([0.5]))
+        >>> process = noisy_transport(still, 1, standard_normal(2))
+        >>> process.forward((maps, jnp.array(1.0)), jnp.array(0), jnp.ones(2), -jnp.ones(2)).mean.tolist()
+        [0.5, 0.5]
+    """
+
+    def kernel(params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"], sign: float):  # type: ignore[no-untyped-def]
+        maps, noise = params
+        one = jax.tree.map(lambda leaf: leaf[k], maps)
+        std = jnp.sqrt(2.0 * noise * one.step_size)
+        # on a cliff of the target its score must not throw a point further than noise would
+        pull_in = one.step_size * noise * score
+        longest = std * np.sqrt(x.size)
+        pull_in = pull_in * jnp.minimum(1.0, longest / jnp.maximum(jnp.linalg.norm(pull_in), 1e-30))
+        drift = (sign - noise) * velocity(net, one, x)
+        return Pinned(x + pull_in + one.step_size * drift, jnp.full_like(x, std))
+
+    return Process(
+        num_maps,
+        base,
+        lambda params, k, x, score: kernel(params, k, x, score, 1.0),
+        lambda params, k, x, score: kernel(params, k, x, score, -1.0),
+        lambda k, x: base.log_prob(x),
+        np.arange(num_maps + 1) / num_maps,
+    )
