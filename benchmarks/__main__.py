@@ -3,6 +3,7 @@
 
 python -m benchmarks posteriors [--only NAME;...] [--samplers nuts;smc;dis;sbtm] [--seeds 3] [--output FILE]
 python -m benchmarks diffusions [--only NAME;...] [--samplers default] [--seeds 3] [--output FILE]
+python -m benchmarks steps [--only "256 x 64"] [--output FILE]
 """
 
 import argparse
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import diffusions, posteriors
+from benchmarks import diffusions, posteriors, steps
 
-SUITES = {"diffusions": diffusions, "posteriors": posteriors}
+SUITES = {"diffusions": diffusions, "posteriors": posteriors, "steps": steps}
 
 
 def provenance():

@@ -100,14 +100,14 @@ SAMPLERS = {
 
 
 class _Compilation:
-    """Seconds that JAX spends on tracing and compiling."""
+    """Seconds that XLA spends on compiling."""
 
     def __init__(self):
         self.seconds = 0.0
         monitoring.register_event_duration_secs_listener(self._add)
 
     def _add(self, event, seconds, **_):
-        if event.startswith("/jax/core/compile"):
+        if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += seconds
 
 
