@@ -153,7 +153,7 @@ class LearnedKernel(MCMCKernel):
         self._propose_fn: Callable[..., Proposals] | None = None
         self._weigh_fn: Callable[..., Float[Array, " n"]] | None = None
         self._postprocess_gen: Callable[..., Any] | None = None
-        self._structure: tuple[list[Any], int, bool] | None = None
+        self._structure: tuple[list[Any], int, bool, bool] | None = None
 
     @abstractmethod
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
@@ -409,25 +409,35 @@ class LearnedKernel(MCMCKernel):
         self._propose_fn, self._weigh_fn = _compiled(chain.propose), _compiled(chain.weigh)
         key_start, key_state = jax.random.split(key_state)
         warm = chain.start(key_start, problem.starts, problem.scouts)
-        return chain.init(key_state, self._simplify(warm, model_args, model_kwargs))
+        return chain.init(key_state, *self._simplify(warm, model_args, model_kwargs))
 
-    def _simplify(self, warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WarmStart:
-        """Drop the parts of a warm start that do nothing, for programs that are smaller and faster.
+    def _simplify(
+        self, warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[WarmStart, bool]:
+        """Drop what does nothing, for programs that are smaller and faster to compile.
 
-        Chains that are set up one after the other follow the first, so that their states can be stacked.
+        Of the warm start, parts that are the identity; and ensembles of proposals, where draws of the warm
+        start alone are near exact. Chains that are set up one after the other follow the first, so that their
+        states can be stacked.
+
+        Returns:
+            The warm start, and whether proposals may turn out to be poor.
         """
         reference, whitening = warm.reference, warm.whitening
-        if not not_jax_tracer(reference.log_weight) or whitening.margins is None:
-            return warm
+        if not not_jax_tracer(reference.log_weight):
+            return warm, True
         data = jax.tree.leaves((args, kwargs))
         before = self._structure
         same = before is not None and len(before[0]) == len(data)
         if before is None or not (same and all(map(operator.is_, before[0], data))):
             num = int(np.sum(np.isfinite(reference.log_weight)))
-            before = data, num, bool(np.any(whitening.margins.slope != 1.0))
+            margins = whitening.margins is not None and bool(np.any(whitening.margins.slope != 1.0))
+            before = data, num, margins, not bool(warm.near_exact())
             self._structure = before
-        _, num, margins = before
+        _, num, margins, doubtful = before
+        if whitening.margins is None:
+            return warm, doubtful
         # a single component is N(0, I): see `warm_start`
         reference = normal(reference.centre.shape[1]) if num == 1 else largest(reference, num)
         whitening = whitening if margins else whitening._replace(margins=None)
-        return warm._replace(reference=reference, whitening=whitening)
+        return warm._replace(reference=reference, whitening=whitening), doubtful

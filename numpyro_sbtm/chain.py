@@ -75,7 +75,7 @@ class Training(NamedTuple):
     loss: Float[Array, " num_warmup"]
     skipped_updates: Int[Array, ""]
     gradients: Int[Array, ""]
-    ensemble: Bool[Array, ""]
+    ensemble: Bool[Array, ""] | None
 
 
 class Proposals(NamedTuple):
@@ -119,7 +119,8 @@ A NamedTuple with the fields
    chains minus it is an estimate of the log evidence, from the posterior's side.
  - **training** - the warm start, trained parameters, whether training is finished and after how many
    steps, loss of every warm-up step, updates skipped because their gradient was not finite, target
-   gradients spent, and whether each proposal is chosen among several, as found at the first draw.
+   gradients spent, and whether each proposal is chosen among several, as found at the first draw; None where
+   the warm start left no doubt.
  - **block** - fresh proposals, some consumed for every draw.
  - **rng_key** - random key.
 """
@@ -130,14 +131,15 @@ class LearnedChain(NamedTuple):
 
     Attributes:
         start: ``(key, starts [s, d], scouts [m, d]) -> WarmStart``.
-        init: ``(key, warm start) -> state``; nothing is trained here.
+        init: ``(key, warm start, doubtful) -> state``; nothing is trained here. Without doubt proposals are
+            never chosen among several.
         sample: ``(state, model_args, model_kwargs) -> state``; a training step or a draw.
         propose: ``(key, training, n, model_args, model_kwargs) -> Proposals`` of leading axis ``[n]``.
         weigh: ``(key, training, x [n, d], model_args, model_kwargs) -> log weights [n]`` of given points.
     """
 
     start: Callable[[Key, Float[Array, "s d"], Float[Array, "m d"]], WarmStart]
-    init: Callable[[Key, WarmStart], KernelState]
+    init: Callable[[Key, WarmStart, bool], KernelState]
     sample: Callable[[KernelState, tuple[Any, ...], dict[str, Any]], KernelState]
     propose: Callable[[Key, Training, int, tuple[Any, ...], dict[str, Any]], Proposals]
     weigh: Callable[[Key, Training, Float[Array, "n d"], tuple[Any, ...], dict[str, Any]], Float[Array, " n"]]
@@ -252,7 +254,7 @@ def learned_chain(
         """Use the trained algorithm, or its ensemble where single draws were found to be poor."""
         algorithm = algorithm_of(training.warm, args, kwargs)
         ensemble = algorithm.ensemble
-        if not ensembles or ensemble is None:
+        if training.ensemble is None or ensemble is None:
             return use(algorithm)
         return jax.lax.cond(training.ensemble, lambda: use(ensemble), lambda: use(algorithm))
 
@@ -316,7 +318,7 @@ def learned_chain(
             key = jax.random.fold_in(key_block, k)
             flat = propose(key, state.training._replace(ensemble=ensemble), size, args, kwargs)
             new = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
-            if ensembles:  # the very first block decides; if it is poor, it is not used
+            if ensemble is not None:  # the very first block decides; if it is poor, it is not used
                 weight = clean(flat.log_weight)
                 poor = (tail_index(weight) > USABLE_KHAT) & (ess_fraction(weight) < NEARLY_EQUAL)
                 switch = poor & (drawn == 0) & (k == 0)
@@ -399,7 +401,7 @@ def learned_chain(
             **{name: jax.tree.map(same, getattr(new, name), getattr(state, name)) for name in typed}
         )
 
-    def init(key: Key, warm: WarmStart) -> KernelState:
+    def init(key: Key, warm: WarmStart, doubtful: bool) -> KernelState:
         z = problem.positions
         energy = jax.vmap(problem.potential_gen(*model_args, **model_kwargs))(z)
         if not chains:
@@ -414,7 +416,7 @@ def learned_chain(
             loss=jnp.full(num_warmup, jnp.nan, dtype),
             skipped_updates=zero,
             gradients=warm.gradients,
-            ensemble=jnp.zeros((), bool),
+            ensemble=jnp.zeros((), bool) if ensembles and doubtful else None,
         )
         # filled at the first draw; only its shapes are needed before
         block = jax.eval_shape(lambda: propose(key, training, size, model_args, model_kwargs))

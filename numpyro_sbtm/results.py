@@ -217,7 +217,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     if kernel.correction is not None:
         inverse = np.ravel(np.asarray(state.log_mean_inverse_weight))
         backward = -float(np.logaddexp.reduce(inverse) - np.log(inverse.size))
-    ensemble = bool(np.any(np.asarray(state.training.ensemble)))
+    ensemble = state.training.ensemble is not None and bool(np.any(np.asarray(state.training.ensemble)))
     verdict, advice = _judge(
         kernel.correction,
         ensemble,
