@@ -424,7 +424,7 @@ class LearnedKernel(MCMCKernel):
             The warm start, and whether proposals may turn out to be poor.
         """
         reference, whitening = warm.reference, warm.whitening
-        if not not_jax_tracer(reference.log_weight):
+        if not not_jax_tracer(warm.khat):
             return warm, True
         data = jax.tree.leaves((args, kwargs))
         before = self._structure

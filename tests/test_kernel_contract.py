@@ -27,6 +27,8 @@ KINDS = {
 SMALL = {"width": 8, "block_size": 32, "precondition": None}
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
+# where the code under test is the same for both, the slower one is left to the slow tests
+one_kind_quickly = pytest.mark.parametrize("kind", ["sbtm", pytest.param("dis", marks=pytest.mark.slow)])
 
 
 def make(kind, model=None, potential_fn=None, **options):
@@ -125,7 +127,7 @@ def test_arviz_and_print_summary_read_the_run(supported, capsys):
     assert "cov" not in printed  # deterministic
 
 
-@both_kinds
+@one_kind_quickly
 def test_enumerated_and_reparametrised_sites_give_the_exact_posterior(kind):
     @partial(reparam, config={"theta": LocScaleReparam(0.0)})
     def model(y):
@@ -145,7 +147,7 @@ def test_enumerated_and_reparametrised_sites_give_the_exact_posterior(kind):
     assert abs(np.mean(samples["theta"]) - exact) < 5 * error
 
 
-@both_kinds
+@one_kind_quickly
 def test_forward_mode_differentiates_while_loops(kind):
     def model(y):
         x = numpyro.sample("x", dist.Normal(0.0, 1.0))
