@@ -21,7 +21,7 @@ test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-long: env
 	$(BIN)/python -m pytest -m long
