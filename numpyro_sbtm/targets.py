@@ -356,9 +356,6 @@ def rings() -> Target:
     def distance(x: Float[Array, " d"]) -> Float[Array, " k"]:
         return (jnp.sqrt(jnp.sum(x**2) + 1e-12) - jnp.asarray(radii, x.dtype)) ** 2
 
-    def nearest(x: Float[Array, " d"]) -> Int[Array, ""]:
-        return jnp.argmin(distance(x))
-
     def sample(key: Key, n: int) -> Float[Array, "n d"]:
         key_radius, key_angle = jax.random.split(key)
         angle = jax.random.uniform(key_angle, (n,), maxval=2 * jnp.pi)
@@ -370,7 +367,7 @@ def rings() -> Target:
         2,
         radius.log_mass + float(np.log(2 * np.pi)),
         sample,
-        Modes(lambda x: jax.nn.one_hot(nearest(x), 3, dtype=x.dtype), radii / radii.sum()),
+        Modes(lambda x: jax.nn.one_hot(jnp.argmin(distance(x)), 3, dtype=x.dtype), radii / radii.sum()),
         3.0,
     )
 

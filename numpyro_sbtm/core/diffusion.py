@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble, Info, guarded_update
+from numpyro_sbtm.core.algorithm import Algorithm, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, log_variance, two_pass_gradient
 from numpyro_sbtm.core.path import Path, evaluate, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.process import Net, Process
-from numpyro_sbtm.core.smc import path_ensemble
+from numpyro_sbtm.core.smc import path_draws
 from numpyro_sbtm.core.target import Key, Params, Target, after
 
 __all__ = ["DiffusionState", "diffusion"]
@@ -229,19 +229,5 @@ def diffusion(
         )
         return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
 
-    def draw(key: Key, state: DiffusionState, n: int) -> Draws:
-        paths = batch(state.average, key, n)
-        return Draws(paths.xs[:, -1], paths.log_weight, paths.log_target, jnp.ones(n, bool))
-
-    def weigh(key: Key, state: DiffusionState, x: Float[Array, " d"]) -> Float[Array, ""]:
-        xs = noise_path(process, state.average, target, key, x)
-        return evaluate(process, state.average, target, xs).log_weight
-
-    ensemble = None
-    if smc_particles > 1:
-        paths = path_ensemble(process, target, smc_particles)
-        ensemble = Ensemble(
-            lambda key, state, n: paths.draw(key, state.average, n),
-            lambda key, state, x: paths.weigh(key, state.average, x),
-        )
-    return Algorithm(init, step, draw, weigh, ensemble)
+    single, several = path_draws(process, target, lambda state: state.average, smc_particles)
+    return Algorithm(init, step, single.draw, single.weigh, several)

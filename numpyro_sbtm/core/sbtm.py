@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble, Info, guarded_update
+from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push, velocity
-from numpyro_sbtm.core.path import evaluate, noise_path, simulate
+from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.score import implicit_score_loss
-from numpyro_sbtm.core.smc import independent_ensemble, path_ensemble
+from numpyro_sbtm.core.smc import independent_ensemble, path_draws
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
 from numpyro_sbtm.core.transition import Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
@@ -248,14 +248,15 @@ def sbtm(
         maps = jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made)
         particles = state.particles + step_size * jax.vmap(field)(state.particles)
         if noisy:
-            there = jax.vmap(lambda x, g: process.forward((maps, state.noise), k, x, g))(
-                state.probes, state.probe_scores
-            )
-            probes = jax.vmap(lambda one, key: one.sample(key))(there, jax.random.split(key, _NUM_PROBES))
+            params = maps, state.noise
+            walk = lambda key, x, g: process.forward(params, k, x, g).sample(key)  # noqa: E731
+            keys = jax.random.split(key, _NUM_PROBES)
+            probes = jax.vmap(walk)(keys, state.probes, state.probe_scores)
             scores, probe_scores, log_target = look(particles, probes)
-            back = jax.vmap(lambda x, g: process.backward((maps, state.noise), k, x, g))(probes, probe_scores)
-            log_prob = jax.vmap(lambda one, x: one.log_prob(x))
-            log_q = state.probe_log_q + log_prob(there, probes) - log_prob(back, state.probes)
+            log_forward, log_backward = jax.vmap(lambda *ends: log_kernels(process, params, k, *ends))(
+                state.probes, probes, state.probe_scores, probe_scores
+            )
+            log_q = state.probe_log_q + log_forward - log_backward
         else:
             probes, change, _ = jax.vmap(lambda x: euler_map(field, step_size, x))(state.probes)
             scores, probe_scores, log_target = look(particles, probes)
@@ -339,27 +340,10 @@ def sbtm(
         there = (error < _INVERSION_ERROR) & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
         return jnp.where(there, log_weight, jnp.nan)
 
-    def draw_noisy(key: Key, state: SBTMState, n: int) -> Draws:
-        params = best(state), state.noise
-        paths = jax.vmap(lambda k: simulate(process, params, target, k))(jax.random.split(key, n))
-        return Draws(paths.xs[:, -1], paths.log_weight, paths.log_target, jnp.ones(n, bool))
-
-    def weigh_noisy(key: Key, state: SBTMState, x: Float[Array, " d"]) -> Float[Array, ""]:
-        params = best(state), state.noise
-        xs = noise_path(process, params, target, key, x)
-        return evaluate(process, params, target, xs).log_weight
-
-    if not noisy:
-        algorithm = Algorithm(init, step, draw, weigh)
-        if smc_particles > 1:
-            algorithm = algorithm._replace(ensemble=independent_ensemble(algorithm, smc_particles))
-        return algorithm
-    algorithm = Algorithm(init, step, draw_noisy, weigh_noisy)
+    if noisy:
+        single, several = path_draws(process, target, lambda state: (best(state), state.noise), smc_particles)
+        return Algorithm(init, step, single.draw, single.weigh, several)
+    algorithm = Algorithm(init, step, draw, weigh)
     if smc_particles > 1:
-        paths = path_ensemble(process, target, smc_particles)
-        ensemble = Ensemble(
-            lambda key, state, n: paths.draw(key, (best(state), state.noise), n),
-            lambda key, state, x: paths.weigh(key, (best(state), state.noise), x),
-        )
-        algorithm = algorithm._replace(ensemble=ensemble)
+        algorithm = algorithm._replace(ensemble=independent_ensemble(algorithm, smc_particles))
     return algorithm

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequential Monte Carlo along the paths of a process: many paths make one proposal."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble
-from numpyro_sbtm.core.path import log_kernels, noise_path
+from numpyro_sbtm.core.path import evaluate, log_kernels, noise_path, simulate
 from numpyro_sbtm.core.process import Process
 from numpyro_sbtm.core.target import Key, Params, Target, after, value_and_score
 from numpyro_sbtm.core.weights import clean, ess_fraction, resample
 
-__all__ = ["independent_ensemble", "path_ensemble"]
+__all__ = ["independent_ensemble", "path_draws", "path_ensemble"]
 
 _THRESHOLD = 0.5  # effective fraction below which particles are resampled
 _LARGEST_TWIST = 20.0  # bound on what the target adds to the log density of a point on the way
@@ -181,3 +184,36 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
         return jnp.where(jnp.isfinite(log_weight[0]), log_z, jnp.nan)
 
     return Ensemble(draw, weigh)
+
+
+def path_draws(
+    process: Process, target: Target, params_of: Callable[[Any], Params], num_particles: int
+) -> tuple[Ensemble, Ensemble | None]:
+    """Make the two ways to propose ends of paths with their exact weights: one path, or several.
+
+    Args:
+        process: the two chains.
+        target: the density of x_T.
+        params_of: the parameters of the process, from an algorithm's state.
+        num_particles: the paths of each proposal of the second way (see `path_ensemble`).
+
+    Returns:
+        ``draw`` and ``weigh`` of a state, by single paths; and by several, or None for fewer than two.
+    """
+
+    def draw(key: Key, state: Any, n: int) -> Draws:
+        params = params_of(state)
+        paths = jax.vmap(lambda k: simulate(process, params, target, k))(jax.random.split(key, n))
+        return Draws(paths.xs[:, -1], paths.log_weight, paths.log_target, jnp.ones(n, bool))
+
+    def weigh(key: Key, state: Any, x: Float[Array, " d"]) -> Float[Array, ""]:
+        params = params_of(state)
+        return evaluate(process, params, target, noise_path(process, params, target, key, x)).log_weight
+
+    if num_particles < 2:
+        return Ensemble(draw, weigh), None
+    several = path_ensemble(process, target, num_particles)
+    return Ensemble(draw, weigh), Ensemble(
+        lambda key, state, n: several.draw(key, params_of(state), n),
+        lambda key, state, x: several.weigh(key, params_of(state), x),
+    )
