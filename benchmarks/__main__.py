@@ -44,6 +44,11 @@ def median(rows):
     return found
 
 
+def line(cells):
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,7 +66,7 @@ def main():
         if unknown := set(name) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {'; '.join(known)}")
     origin = provenance()
-    print(suite.HEADER)
+    print(line(suite.COLUMNS) + "\n|" + "---|" * len(suite.COLUMNS))
     for problem in problems:
         for sampler in samplers:
             rows = []
@@ -71,7 +76,7 @@ def main():
                     with args.output.open("a") as lines:
                         row = {"suite": args.suite, "seed": seed, **rows[-1]}
                         lines.write(json.dumps(row | origin) + "\n")
-            print(suite.table_line(median(rows)), flush=True)
+            print(line(suite.cells(median(rows))), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The posteriors of Brownian motion, seeds and ionosphere need ``brownian.json``, 
 
 import json
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import monitoring
-from numpyro.infer import MCMC
 
+from benchmarks.chains import timed_chains
 from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, report, targets
 from numpyro_sbtm.core.target import Target
 
-__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "table_line"]
+__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
 
-NUM_CHAINS, NUM_DRAWS, NUM_WARMUP = 4, 1000, 2000
+NUM_WARMUP = 2000
 NUM_PROPOSALS = 16_384
 NUM_EXACT = 4000  # exact draws that are weighed for the upper bound
 NUM_TRANSPORTED = 2000  # points of the Sinkhorn divergence
@@ -99,21 +97,6 @@ SAMPLERS = {
 }
 
 
-class _Compilation:
-    """Seconds that XLA spends on compiling."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        monitoring.register_event_duration_secs_listener(self._add)
-
-    def _add(self, event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += seconds
-
-
-_compilation = _Compilation()
-
-
 def _sinkhorn(x, y):
     """The debiased Sinkhorn divergence of squared distances."""
     from ott.tools import sinkhorn_divergence
@@ -126,28 +109,13 @@ def measure(name, sampler, seed):
     """Run one sampler on one problem; returns a row of plain values."""
     target = PROBLEMS[name]()
     kernel = SAMPLERS[sampler](targets.as_model(target))
-    mcmc = MCMC(
-        kernel,
-        num_warmup=NUM_WARMUP,
-        num_samples=NUM_DRAWS,
-        num_chains=NUM_CHAINS,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    compiling, start = _compilation.seconds, time.perf_counter()
-    mcmc.warmup(jax.random.key(seed))
-    jax.block_until_ready(mcmc.post_warmup_state)
-    warm, compiled = time.perf_counter() - start, _compilation.seconds - compiling
-    mcmc.run(jax.random.key(seed + 1))
+    mcmc, _, row = timed_chains(kernel, NUM_WARMUP, seed)
     found = report(mcmc, num_proposals=NUM_PROPOSALS)
     state = mcmc.last_state
-    row = {
+    row |= {
         "problem": name,
         "sampler": sampler,
         "verdict": found.verdict,
-        "warmup_s": warm,
-        "compilation_s": compiled,
-        "draws_s": time.perf_counter() - start - warm,
         "warmup_gradients": found.gradients,
         "training_steps": found.training_steps,
         "ensemble": found.ensemble,
@@ -178,7 +146,7 @@ def measure(name, sampler, seed):
     return row
 
 
-_COLUMNS = (
+COLUMNS = (
     "target",
     "sampler",
     "verdict",
@@ -191,13 +159,12 @@ _COLUMNS = (
     "largest mass error (TV)",
     "Sinkhorn (floor)",
 )
-HEADER = "| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|"
 
 
-def table_line(row):
-    """Format a row for `HEADER`; a dash where there is no such number."""
+def cells(row):
+    """Format a row for `COLUMNS`; a dash where there is no such number."""
     optional = lambda text, key: text.format(**row) if key in row else "–"  # noqa: E731
-    cells = [
+    return [
         row["problem"],
         row["sampler"] + (", chosen among several" if row["ensemble"] else ""),
         row["verdict"],
@@ -210,4 +177,3 @@ def table_line(row):
         optional("{mass_error:.4f} ({mass_tv:.3f})", "mass_error"),
         optional("{sinkhorn:.3g} ({sinkhorn_floor:.3g})", "sinkhorn"),
     ]
-    return "| " + " | ".join(cells) + " |"

@@ -13,9 +13,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS, init_to_uniform
+from numpyro.infer import NUTS, init_to_uniform
 from scipy.stats import multivariate_normal
 
+from benchmarks.chains import NUM_CHAINS, NUM_DRAWS, timed_chains
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report, targets
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Target
@@ -25,9 +26,7 @@ from numpyro_sbtm.warm_start import tempered_particles
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import eight_schools
 
-__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "regression", "table_line"]
-
-NUM_CHAINS, NUM_DRAWS = 4, 1000
+__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure", "regression"]
 
 
 class Problem(NamedTuple):
@@ -108,25 +107,10 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 
 def _chains(problem, kernel, num_warmup, seed, fields=()):
-    mcmc = MCMC(
-        kernel,
-        num_warmup=num_warmup,
-        num_samples=NUM_DRAWS,
-        num_chains=NUM_CHAINS,
-        chain_method="vectorized",
-    )
-    start = time.perf_counter()
-    mcmc.warmup(jax.random.key(seed), *problem.args, extra_fields=fields, collect_warmup=bool(fields))
-    jax.block_until_ready(mcmc.post_warmup_state)
-    warm = time.perf_counter() - start
-    gradients = int(mcmc.get_extra_fields()["num_steps"].sum()) if fields else 0
-    start = time.perf_counter()
-    mcmc.run(jax.random.key(seed + 1), *problem.args, extra_fields=fields)
-    jax.block_until_ready(mcmc.get_samples())
-    seconds = time.perf_counter() - start
+    mcmc, warmup, row = timed_chains(kernel, num_warmup, seed, problem.args, fields)
     x = problem.features(mcmc.get_samples(group_by_chain=True))
-    ess = np.nanmin(effective_sample_size(x)) if np.all(x.std((0, 1)) > 0) else np.nan
-    row = {"warmup_s": warm, "draws_s": seconds, "ess": float(ess), "warmup_gradients": gradients}
+    row["ess"] = float(np.nanmin(effective_sample_size(x))) if np.all(x.std((0, 1)) > 0) else np.nan
+    row["warmup_gradients"] = int(warmup["num_steps"].sum()) if fields else 0
     return mcmc, x.reshape(-1, x.shape[-1]), row
 
 
@@ -206,7 +190,7 @@ def measure(name, sampler, seed):
     return row
 
 
-_COLUMNS = (
+COLUMNS = (
     "problem",
     "sampler",
     "verdict",
@@ -217,14 +201,13 @@ _COLUMNS = (
     "largest error of a mean, in sd",
     "error of log evidence",
 )
-HEADER = "| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|"
 
 
-def table_line(row):
-    """Format a row for `HEADER`; a dash where there is no such number."""
+def cells(row):
+    """Format a row for `COLUMNS`; a dash where there is no such number."""
     ess, seconds = row["ess"], row["draws_s"]
     known = ess is not None and np.isfinite(ess)
-    cells = [
+    return [
         row["problem"],
         row["sampler"],
         row.get("verdict", "–"),
@@ -235,4 +218,3 @@ def table_line(row):
         f"{row['mean_error_sd']:.3f}",
         f"{row['log_evidence_error']:+.3f}" if "log_evidence_error" in row else "–",
     ]
-    return "| " + " | ".join(cells) + " |"

@@ -14,7 +14,7 @@ from numpyro_sbtm.core import dis, log_variance, simulate, two_pass_gradient
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
 
-__all__ = ["HEADER", "PROBLEMS", "SAMPLERS", "measure", "table_line"]
+__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
 
 NUM_ROUNDS = 20
 
@@ -97,17 +97,15 @@ def measure(name, sampler, seed):
     }
 
 
-_COLUMNS = ("paths x times", "step", "ms", "of autodiff", "temporary memory, MB")
-HEADER = "| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|"
+COLUMNS = ("paths x times", "step", "ms", "of autodiff", "temporary memory, MB")
 
 
-def table_line(row):
-    """Format a row for `HEADER`."""
-    cells = [
+def cells(row):
+    """Format a row for `COLUMNS`."""
+    return [
         row["problem"],
         row["sampler"],
         f"{1e3 * row['step_s']:.1f}",
         f"{row['ratio']:.2f}",
         f"{row['temporary_bytes'] / 1e6:.1f}",
     ]
-    return "| " + " | ".join(cells) + " |"
