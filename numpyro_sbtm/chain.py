@@ -17,6 +17,7 @@ from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, unwh
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
 from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
+from numpyro_sbtm.stages import run_stages
 from numpyro_sbtm.warm_start import warm_start
 
 __all__ = [
@@ -193,35 +194,37 @@ def learned_chain(
         return Target(logdensity(problem, args, kwargs, forward_mode), dim)
 
     def start(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]) -> WarmStart:
-        key_fit, key_check, key_adapt = jax.random.split(key, 3)
         target = target_of(model_args, model_kwargs)
-        if isinstance(precondition, str):
-            whitening, reference, points, gradients = warm_start(
-                key_fit, target, starts, scouts, jnp.asarray(problem.order)
-            )
-        else:
+        key_fit, key_check, key_adapt = jax.random.split(key, 3)
+
+        def given(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]):  # type: ignore[no-untyped-def]
+            assert not isinstance(precondition, str)
             loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
             whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
-            reference = normal(dim)
-            points = jax.vmap(reference.sample)(jax.random.split(key_fit, _NUM_ADAPTING))
-            gradients = jnp.zeros((), jnp.int32)
-        white = whiten(target, whitening)
-        draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
-        log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
-        step_size = jnp.zeros((), dtype)
-        if local is not None:
-            step_size = local.adapt(
-                after(key_adapt, log_weight),
-                white.logdensity_fn,
-                points[:: max(1, len(points) // _NUM_ADAPTING)],
-            )
-        log_weight = clean(log_weight)
-        # neighbours among tempered particles descend from one another: take them evenly spaced
-        kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
-        found = ess_fraction(log_weight), tail_index(log_weight), step_size
-        fraction, khat, step_size = (value.astype(dtype) for value in found)
-        gradients = gradients.astype(jnp.int32)
-        return WarmStart(whitening, reference, kept, fraction, khat, step_size, gradients)
+            points = jax.vmap(normal(dim).sample)(jax.random.split(key, _NUM_ADAPTING))
+            return whitening, normal(dim), points, jnp.zeros((), jnp.int32)
+
+        def check(whitening, reference, points, gradients):  # type: ignore[no-untyped-def]
+            white = whiten(target, whitening)
+            draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
+            log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
+            step_size = jnp.zeros((), dtype)
+            if local is not None:
+                step_size = local.adapt(
+                    after(key_adapt, log_weight),
+                    white.logdensity_fn,
+                    points[:: max(1, len(points) // _NUM_ADAPTING)],
+                )
+            log_weight = clean(log_weight)
+            # neighbours among tempered particles descend from one another: take them evenly spaced
+            kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
+            found = ess_fraction(log_weight), tail_index(log_weight), step_size
+            fraction, khat, step_size = (value.astype(dtype) for value in found)
+            return whitening, reference, kept, fraction, khat, step_size, gradients.astype(jnp.int32)
+
+        auto = isinstance(precondition, str)
+        stages = warm_start(target, jnp.asarray(problem.order)) if auto else [given]
+        return WarmStart(*run_stages([*stages, check], key_fit, starts, scouts))
 
     def algorithm_of(warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Algorithm:
         return make_algorithm(whiten(target_of(args, kwargs), warm.whitening), warm)
@@ -403,7 +406,7 @@ def learned_chain(
 
     def init(key: Key, warm: WarmStart, doubtful: bool) -> KernelState:
         z = problem.positions
-        energy = jax.vmap(problem.potential_gen(*model_args, **model_kwargs))(z)
+        energy = jax.jit(jax.vmap(problem.potential_gen(*model_args, **model_kwargs)))(z)
         if not chains:
             z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
         key_algorithm, rng_key = jax.random.split(key)
@@ -440,4 +443,4 @@ def learned_chain(
         strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state._replace(rng_key=zero))
         return strong._replace(rng_key=rng_key)
 
-    return LearnedChain(jax.jit(start), init, sample, propose, weigh)
+    return LearnedChain(start, init, sample, propose, weigh)

@@ -184,12 +184,16 @@ def _scouts(
         z = {name: jnp.asarray(z[name], leaf.dtype).reshape(leaf.shape[1:]) for name, leaf in values.items()}
         return ravel_pytree(z)[0], potential_fn(z)
 
-    x, energy = jax.jit(jax.vmap(draw))(jax.random.split(key, _NUM_SCOUTS))
-    finite = jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), -1)
-    # the finite draws first, again and again; without one, the other points
-    first = jnp.argsort(~finite)[jnp.arange(_NUM_SCOUTS) % jnp.maximum(jnp.sum(finite), 1)]
-    again = others[jnp.arange(_NUM_SCOUTS) % len(others)]
-    return jnp.where(jnp.any(finite), x[first], again)
+    @jax.jit
+    def scouts(key: Key) -> Float[Array, "m d"]:
+        x, energy = jax.vmap(draw)(jax.random.split(key, _NUM_SCOUTS))
+        finite = jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), -1)
+        # the finite draws first, again and again; without one, the other points
+        first = jnp.argsort(~finite)[jnp.arange(_NUM_SCOUTS) % jnp.maximum(jnp.sum(finite), 1)]
+        again = others[jnp.arange(_NUM_SCOUTS) % len(others)]
+        return jnp.where(jnp.any(finite), x[first], again)
+
+    return scouts(key)
 
 
 def guide_moments(

@@ -29,7 +29,9 @@ def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
     @cache
     def skeleton(dim: int) -> tuple[nnx.GraphDef[Any], nnx.State, Callable[[Params], Any]]:
         with jax.ensure_compile_time_eval():
-            graph, state = nnx.split(nnx.eval_shape(lambda: make(dim, nnx.Rngs(0))))
+            # the key is an argument: of a constant, weights would be computed
+            shapes = nnx.eval_shape(lambda key: make(dim, nnx.Rngs(key)), jax.random.key(0))
+            graph, state = nnx.split(shapes)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
             return graph, state, ravel_pytree(nnx.to_pure_dict(zeros))[1]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, normal
 from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.variational import diagonal_guesses, fit, fit_low_rank
+from numpyro_sbtm.core.variational import Fit, diagonal_guesses, first_guesses, fit, fit_low_rank
 from numpyro_sbtm.core.whitening import (
     LowRank,
     Whitening,
@@ -21,6 +21,7 @@ from numpyro_sbtm.core.whitening import (
     unwhiten,
     whiten,
 )
+from numpyro_sbtm.stages import Stage
 
 __all__ = ["tempered_particles", "warm_start"]
 
@@ -169,13 +170,7 @@ def _add_missing(
     return jax.lax.scan(add, carry, (keys, elbos[best_first], draws[best_first]))[0][0]
 
 
-def warm_start(
-    key: Key,
-    target: Target,
-    starts: Float[Array, "s d"],
-    scouts: Float[Array, "m d"],
-    order: Int[Array, " d"],
-) -> tuple[Whitening | LowRank, Mixture, Float[Array, "n d"], Int[Array, ""]]:
+def warm_start(target: Target, order: Int[Array, " d"]) -> list[Stage]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -188,40 +183,54 @@ def warm_start(
     directions. Memory is then linear in d.
 
     Args:
-        key: random key.
         target: the density on the unconstrained space.
-        starts: points of finite density, shape ``[s, d]``.
-        scouts: points that lie as widely as the target may, such as draws of the prior, shape ``[m, d]``.
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
 
     Returns:
-        The whitening, with margins that may be the identity; the mixture, whose first component is N(0, I)
-        and alone where there is but one; the whitened particles, shape ``[n, d]``; and the number of target
-        gradients spent, without those of the climbs, which are few.
+        Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
+        ``[s, d]``; and scouts, points that lie as widely as the target may, such as draws of the prior,
+        shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
+        mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
+        shape ``[n, d]``; and the number of target gradients spent, without those of the climbs, which are
+        few.
     """
     if target.dim > _DENSE:
-        return _wide_warm_start(key, target, starts, scouts)
-    key_fit, key_particles, key_add, key_mixture = jax.random.split(key, 4)
-    n, dim = _NUM_PARTICLES, target.dim
+        return _wide_warm_start(target)
+
+    def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
+        return jax.random.split(key, 4), first_guesses(target, starts, scouts, order), scouts
+
+    def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
+        found = fit(keys[0], target, guesses)
+        first = jax.tree.map(lambda a, b: jnp.where(found.separate, a, b), found.pooled, found.best)
+        return keys, found, first, _covering(jax.vmap(lambda x: invert(first, x)[0])(scouts))
+
+    def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
+        return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base)
+
+    return [guess, seek, temper, _choose]
+
+
+def _choose(
+    keys: Key,
+    found: Fit,
+    first: Whitening,
+    particles: Float[Array, "n d"],
+    log_z: Float[Array, ""],
+    gradients: Int[Array, ""],
+) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""]]:
+    """Choose the map and the mixture, from what was found and the particles that ``first`` whitens."""
+    n, dim = particles.shape
     size = max_components(n, dim)
-    found = fit(key_fit, target, starts, scouts, order)
-    first = jax.tree.map(lambda a, b: jnp.where(found.separate, a, b), found.pooled, found.best)
-
-    def whitened(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        flat = x.reshape(-1, dim)
-        return jax.vmap(lambda y: invert(first, y)[0])(flat).reshape(x.shape)
-
-    particles, log_z, gradients = tempered_particles(
-        key_particles, whiten(target, first), _covering(whitened(scouts))
-    )
-    particles = _add_missing(key_add, particles, log_z, found.elbos, whitened(found.draws))
+    own = jax.vmap(lambda x: invert(first, x)[0])(found.draws.reshape(-1, dim)).reshape(found.draws.shape)
+    particles = _add_missing(keys[2], particles, log_z, found.elbos, own)
     x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
 
     sizes = sorted({2} | {size >> shift for shift in range(size.bit_length() - 1)})
     rows = [(_BEST, _PLAIN), (_FULL, _PLAIN), (_BEST, _MARGINS), (_DIAGONAL, _MARGINS)]
     rows += [(which, num) for which in (_BEST, _FULL) for num in sizes if 1 < num <= size]
     which, kinds = (jnp.array(column) for column in zip(*rows, strict=True))
-    flat, diagonal = _affine_maps(x, order)
+    flat, diagonal = _affine_maps(x, found.best.order)
     whitenings = jax.tree.map(lambda *leaves: jnp.stack(leaves), found.best, flat, diagonal)
     train = (jnp.arange(n) < n // 2).astype(x.dtype)
     blank = identity_margins(x[0])
@@ -231,7 +240,7 @@ def warm_start(
         u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
         kind = kinds[row]
         margins = jax.tree.map(lambda a, b: jnp.where(kind == _MARGINS, a, b), fit_margins(u, weight), blank)
-        mixture = fit_mixture(key_mixture, u, weight, jnp.maximum(kind, 1), size)
+        mixture = fit_mixture(keys[3], u, weight, jnp.maximum(kind, 1), size)
         plain = _padded_normal(mixture)
         mixture = jax.tree.map(lambda a, b: jnp.where(kind < 2, a, b), plain, mixture)
         return whitening._replace(margins=margins), mixture
@@ -255,15 +264,32 @@ def warm_start(
     return whitening, mixture, u, found.gradients + gradients
 
 
-def _wide_warm_start(
-    key: Key, target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]
-) -> tuple[LowRank, Mixture, Float[Array, "n d"], Int[Array, ""]]:
+def _wide_warm_start(target: Target) -> list[Stage]:
     """Do what `warm_start` does, in many dimensions, for one mode."""
-    key_fit, key_particles, key_basis, key_polish = jax.random.split(key, 4)
-    n, dim = _NUM_PARTICLES, target.dim
-    flat, gradients = fit_low_rank(key_fit, target, diagonal_guesses(target, starts))
-    seen = jax.vmap(lambda x: invert(flat, x)[0])(scouts)
-    particles, _, more = tempered_particles(key_particles, whiten(target, flat), _covering(seen))
+
+    def seek(key, starts, scouts):  # type: ignore[no-untyped-def]
+        keys = jax.random.split(key, 4)
+        flat, gradients = fit_low_rank(keys[0], target, diagonal_guesses(target, starts))
+        return keys, flat, gradients, _covering(jax.vmap(lambda x: invert(flat, x)[0])(scouts))
+
+    def temper(keys, flat, gradients, base):  # type: ignore[no-untyped-def]
+        particles, _, more = tempered_particles(keys[1], whiten(target, flat), base)
+        return keys, flat, particles, gradients + more
+
+    def polish(keys, flat, particles, gradients):  # type: ignore[no-untyped-def]
+        # particles do not move far along a stiff direction: the fit ends by variational inference again
+        guess = _leading_directions(keys[2], flat, particles)
+        whitening, last = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
+        finite = jnp.where(jnp.all(jnp.isfinite(particles)), particles, 0.0)
+        u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(finite)
+        return whitening, normal(target.dim), u, gradients + last
+
+    return [seek, temper, polish]
+
+
+def _leading_directions(key: Key, flat: LowRank, particles: Float[Array, "n d"]) -> LowRank:
+    """Make the map that whitens particles in their leading directions; ``flat`` whitened them first."""
+    n, dim = particles.shape
     usable = jnp.all(jnp.isfinite(particles))
     particles = jnp.where(usable, particles, 0.0)
     # leading eigenvectors of the covariance, by subspace iteration
@@ -274,7 +300,7 @@ def _wide_warm_start(
     def improve(_: Int[Array, ""], basis: Float[Array, "d r"]) -> Float[Array, "d r"]:
         return jnp.linalg.qr(z.T @ (z @ basis))[0]
 
-    basis = jax.random.normal(key_basis, (dim, _RANK), z.dtype)
+    basis = jax.random.normal(key, (dim, _RANK), z.dtype)
     basis = jax.lax.fori_loop(0, _SUBSPACE_STEPS, improve, jnp.linalg.qr(basis)[0])
     _, singular, turn = jnp.linalg.svd(z @ basis, full_matrices=False)
     variance = singular**2 / n
@@ -285,15 +311,11 @@ def _wide_warm_start(
     rest = jnp.sqrt(jnp.clip(rest, 0.01, 1.0))
     gain = jnp.where(kept, jnp.sqrt(variance) / rest - 1.0, 0.0)
     whitening = LowRank(flat.loc + flat.std * centre, flat.std * std * rest, basis @ turn.T, gain)
-    whitening = jax.tree.map(
+    return jax.tree.map(
         lambda new, old: jnp.where(usable, new, old),
         whitening,
         flat._replace(basis=basis, gain=jnp.zeros_like(gain)),
     )
-    # particles do not move far along a stiff direction: the fit ends by variational inference again
-    whitening, last = fit_low_rank(key_polish, target, jax.tree.map(lambda leaf: leaf[None], whitening))
-    u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(particles)
-    return whitening, normal(dim), u, gradients + more + last
 
 
 def _padded_normal(like: Mixture) -> Mixture:

@@ -14,10 +14,11 @@ from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.variational import fit
+from numpyro_sbtm.core.variational import first_guesses, fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.stages import run_stages
 from numpyro_sbtm.targets import gaussian
 from numpyro_sbtm.warm_start import tempered_particles, warm_start
 
@@ -86,19 +87,20 @@ def test_the_fit_straightens_a_funnel_given_its_order():
 
     target = Target(funnel, 4)
     starts = jax.random.normal(jax.random.key(0), (4, 4))
-    whitening = jax.jit(lambda key: fit(key, target, starts, starts, jnp.array([3, 0, 1, 2])).best)(
-        jax.random.key(1)
-    )
+    order = jnp.array([3, 0, 1, 2])
+    run = jax.jit(lambda key: fit(key, target, first_guesses(target, starts, starts, order)).best)
+    whitening = run(jax.random.key(1))
     u = jax.random.normal(jax.random.key(2), (5000, 4))
     log_weight = jax.vmap(whiten(target, whitening).logdensity_fn)(u) + 0.5 * jnp.sum(u**2, -1)
     assert float(jnp.std(log_weight)) < 0.5  # the best affine map leaves more than 2
 
 
 def test_the_fit_covers_modes_that_lie_apart():
-    target = gaussian(np.zeros(2), np.eye(2))
-    apart = lambda x: jnp.logaddexp(target.logdensity_fn(x - 8.0), target.logdensity_fn(x + 8.0))  # noqa: E731
+    one = gaussian(np.zeros(2), np.eye(2)).logdensity_fn
+    apart = lambda x: jnp.logaddexp(one(x - 8.0), one(x + 8.0))  # noqa: E731
     starts = jnp.array([[7.0, 9.0], [-8.0, -7.0], [9.0, 8.0], [-7.0, -9.0]])
-    run = jax.jit(lambda key: fit(key, Target(apart, 2), starts, starts, jnp.arange(2)))
+    target = Target(apart, 2)
+    run = jax.jit(lambda key: fit(key, target, first_guesses(target, starts, starts, jnp.arange(2))))
     found = run(jax.random.key(0))
     assert found.separate
     whitening = found.pooled
@@ -187,7 +189,8 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess):
 
     @jax.jit
     def weights(key):
-        whitening, mixture, particles, _ = warm_start(key, target, scouts[:8], scouts, jnp.arange(dim))
+        stages = warm_start(target, jnp.arange(dim))
+        whitening, mixture, particles, _ = run_stages(stages, key, scouts[:8], scouts)
         white = whiten(target, whitening)
         u = jax.vmap(mixture.sample)(jax.random.split(key, 8000))
         log_weight = jax.vmap(white.logdensity_fn)(u) - jax.vmap(mixture.log_prob)(u)
@@ -221,12 +224,8 @@ def factor_model(dim=200, rank=2):
 def test_many_dimensions_need_no_matrices():
     target, mean, scale = factor_model()
     scouts = 3.0 * jax.random.normal(jax.random.key(0), (32, target.dim))
-    program = (
-        jax.jit(lambda key: warm_start(key, target, scouts[:4], scouts, jnp.arange(target.dim))[0])
-        .lower(jax.random.key(1))
-        .compile()
-    )
-    whitening = program(jax.random.key(1))
+    stages = warm_start(target, jnp.arange(target.dim))
+    whitening = run_stages(stages, jax.random.key(1), scouts[:4], scouts)[0]
     assert isinstance(whitening, LowRank)
     assert jnp.min(whitening.gain[:2]) > 2.0 > jnp.max(whitening.gain[2:])
     assert max(leaf.size for leaf in jax.tree.leaves(whitening)) <= 16 * target.dim

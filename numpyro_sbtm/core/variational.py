@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, triangular, unwhiten
 
-__all__ = ["Fit", "diagonal_guesses", "fit", "fit_low_rank"]
+__all__ = ["Fit", "diagonal_guesses", "first_guesses", "fit", "fit_low_rank"]
 
 _SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations, that makes it a mode
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
@@ -270,42 +270,30 @@ def _pool(
     return Fit(best, pooled, separate, elbos, draws[..., unsort], gradients)
 
 
-def fit(
-    key: Key,
-    target: Target,
-    starts: Float[Array, "s d"],
-    scouts: Float[Array, "m d"],
-    order: Int[Array, " d"],
-    *,
-    num_draws: int = 16,
-) -> Fit:
-    """Fit a whitening to a target from several starts.
+def _sorted_density(target: Target, order: Int[Array, " d"]) -> LogDensity:
+    return lambda y: target.logdensity_fn(jnp.zeros_like(y).at[order].set(y))
 
-    From every start two fits are made by stochastic variational inference over `Whitening` maps: one
-    begins with the normal (Laplace) approximation where L-BFGS arrives, which knows the scales of a
-    well-behaved posterior; one at the start itself, with unit scales, which a density without a mode,
-    such as a centred hierarchical model, does not lead astray. The fit with the best ELBO wins. Where
-    fits of similar ELBO lie apart, separated modes are within reach of N(0, I) under the pooled map.
+
+def first_guesses(
+    target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"], order: Int[Array, " d"]
+) -> Whitening:
+    """Guess affine maps: two from every start, and a few above scouts.
+
+    One is the normal (Laplace) approximation where L-BFGS arrives, which knows the scales of a well-behaved
+    posterior; one has unit scales at the start itself, which a density without a mode, such as a centred
+    hierarchical model, does not lead astray.
 
     Args:
-        key: random key.
         target: the density.
         starts: points of finite density, shape ``[s, d]``.
-        scouts: points that lie as widely as the density may; few of the modes above them are fitted,
-            those that lie furthest apart, shape ``[m, d]``.
+        scouts: points that lie as widely as the density may; few of the modes above them are used, those
+            that lie furthest apart, shape ``[m, d]``.
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
-        num_draws: draws per step of each fit, an even number.
 
     Returns:
-        The fits. Costs about 1,250 to 3,000 times ``(2 s + 4) num_draws`` target gradients.
-
-    Reference:
-        Kucukelbir et al. (2017), arXiv:1603.00788 (the inference); the maps: see `Whitening`.
+        Stacked maps, leading axis ``2 s + 4``.
     """
-
-    def logdensity_fn(y: Float[Array, " d"]) -> Float[Array, ""]:
-        return target.logdensity_fn(jnp.zeros_like(y).at[order].set(y))
-
+    logdensity_fn = _sorted_density(target, order)
     num, dim = starts.shape
     starts = starts[:, order]
     tops = jax.vmap(lambda y: _climb(logdensity_fn, y, 100))(jnp.concatenate([starts, scouts[:, order]]))
@@ -314,7 +302,28 @@ def fit(
     trils = jax.lax.map(lambda y: _laplace(logdensity_fn, y), locs)
     locs = jnp.concatenate([locs, starts])
     trils = jnp.concatenate([trils, jnp.broadcast_to(jnp.eye(dim), (num, dim, dim))])
-    guesses = jax.vmap(lambda loc, tril: affine(loc, tril, order))(locs, trils)
+    return jax.vmap(lambda loc, tril: affine(loc, tril, order))(locs, trils)
+
+
+def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 16) -> Fit:
+    """Fit a whitening to a target from several first guesses.
+
+    Each is improved by stochastic variational inference over `Whitening` maps, and the best ELBO wins.
+    Where fits of similar ELBO lie apart, separated modes are within reach of N(0, I) under the pooled map.
+
+    Args:
+        key: random key.
+        target: the density.
+        guesses: stacked affine maps of one order, leading axis f (see `first_guesses`).
+        num_draws: draws per step of each fit, an even number.
+
+    Returns:
+        The fits. Costs about 1,250 to 3,000 times ``f num_draws`` target gradients.
+
+    Reference:
+        Kucukelbir et al. (2017), arXiv:1603.00788 (the inference); the maps: see `Whitening`.
+    """
+    logdensity_fn = _sorted_density(target, guesses.order[0])
     num_test = _TEST_STEPS * num_draws // 2
     return _pool(*_maximise_elbos(key, logdensity_fn, _TRIANGULAR, guesses, num_draws, num_test))
 

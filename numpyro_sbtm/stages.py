@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A long computation as stages: one after the other to run, all at the same time to compile."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from numpyro.util import not_jax_tracer
+
+__all__ = ["Stage", "run_stages"]
+
+Stage = Callable[..., tuple[Any, ...]]
+
+
+def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
+    """Run functions one after the other, each on what the last one returned.
+
+    XLA compiles one program on one core. So every stage becomes a program of its own, all are compiled at
+    the same time, and the first ones run while the last ones still compile. Under a JAX transformation the
+    stages are simply traced.
+
+    Args:
+        stages: functions of arrays, or trees of arrays, that return tuples of the next one's arguments.
+        values: the first one's arguments.
+
+    Returns:
+        What the last stage returned.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.stages import run_stages
+        >>> stages = [lambda x: (x.sum(), x.size), lambda total, size: (total / size,)]
+        >>> float(run_stages(stages, jnp.arange(4.0))[0])
+        1.5
+    """
+    if not all(map(not_jax_tracer, jax.tree.leaves(values))):
+        for stage in stages:
+            values = stage(*values)
+        return values
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shapes = jax.eval_shape(lambda *values: values, *values)
+        programs = []
+        for stage in stages:
+            lowered = jax.jit(stage).lower(*shapes)
+            shapes = lowered.out_info
+            programs.append(pool.submit(lowered.compile))
+        for program in programs:
+            values = program.result()(*values)
+    return values
