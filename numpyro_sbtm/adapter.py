@@ -21,6 +21,7 @@ from numpyro_sbtm.chain import KernelState, Precondition, Proposals, Training, W
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.model import from_model, from_potential, guide_moments
 
@@ -99,6 +100,7 @@ class LearnedKernel(MCMCKernel):
         model: Callable[..., Any] | None,
         potential_fn: Callable[..., Any] | None,
         *,
+        target_acceptance: float | None,
         precondition: Precondition | AutoGuide,
         correction: str | None,
         shared: bool,
@@ -121,6 +123,11 @@ class LearnedKernel(MCMCKernel):
                 f"`local_kernel` must be one of {', '.join(map(repr, LOCAL_KERNELS))} or None, got "
                 f"{local_kernel!r}."
             )
+        if target_acceptance is not None and not 0 < target_acceptance < 1:
+            raise ValueError(
+                f"`target_acceptance` must lie between 0 and 1, got {target_acceptance}. None trains on "
+                "until nothing more is gained."
+            )
         _check_precondition(precondition)
         if isinstance(precondition, AutoGuide) and model is None:
             raise ValueError(
@@ -136,6 +143,8 @@ class LearnedKernel(MCMCKernel):
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         self._model = model
         self._potential_fn = potential_fn
+        # log weights never vary by less than nothing
+        self._goal = 0.0 if target_acceptance is None else log_variance_at(target_acceptance)
         self._precondition = precondition
         self._correction = correction
         self._shared = shared

@@ -71,6 +71,8 @@ _DIFFUSION = """
 """
 
 _COMMON = """
+        target_acceptance: training ends once proposals that vary as its log weights do would be accepted with
+            this probability; None: once it gains nothing more.
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
             map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of
             the flattened unconstrained space, sites in sorted order; an AutoGuide of the model is fitted
@@ -146,6 +148,7 @@ class DiffusionKernel(LearnedKernel):
         width: int = 64,
         depth: int = 2,
         scale: float = 1.0,
+        target_acceptance: float | None = 0.9,
         precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
@@ -159,6 +162,7 @@ class DiffusionKernel(LearnedKernel):
         super().__init__(
             model,
             potential_fn,
+            target_acceptance=target_acceptance,
             precondition=precondition,
             correction=correction,
             shared=shared,
@@ -206,6 +210,7 @@ class DiffusionKernel(LearnedKernel):
             optimiser,
             num_paths=self._num_paths,
             num_times=self._num_times if divergence.detach else None,
+            goal=self._goal,
             endpoints=warm.points,
             smc_particles=self._smc_particles,
         )
@@ -254,6 +259,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         width: int = 64,
         depth: int = 2,
         scale: float = 1.0,
+        target_acceptance: float | None = 0.9,
         precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
@@ -274,6 +280,7 @@ class LogVarianceDISKernel(DiffusionKernel):
             width=width,
             depth=depth,
             scale=scale,
+            target_acceptance=target_acceptance,
             precondition=precondition,
             correction=correction,
             shared=shared,
@@ -343,6 +350,7 @@ class SBTMKernel(LearnedKernel):
         depth: int = 2,
         scale: float = 1.2,
         noisy: bool | None = None,
+        target_acceptance: float | None = None,
         precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
         shared: bool = True,
@@ -356,6 +364,7 @@ class SBTMKernel(LearnedKernel):
         super().__init__(
             model,
             potential_fn,
+            target_acceptance=target_acceptance,
             precondition=precondition,
             correction=correction,
             shared=shared,
@@ -397,6 +406,7 @@ class SBTMKernel(LearnedKernel):
             duration=self._duration,
             base=warm.reference._replace(std=scale * warm.reference.std),
             noisy=target.dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy,
+            goal=self._goal,
             smc_particles=self._smc_particles,
             num_particles=self._num_particles,
             num_updates=self._num_updates,

@@ -31,7 +31,7 @@ from numpyro_sbtm.core import (
 )
 from numpyro_sbtm.core.path import reevaluate
 from numpyro_sbtm.core.process import log_snr_grid
-from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, metropolis, resample
+from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, log_variance_at, metropolis, resample
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian
 
@@ -206,6 +206,15 @@ def test_weights_agree_with_their_definitions():
     share = jnp.bincount(chosen, length=4) / chosen.size
     assert_within(share[:3], weight[:3] / 4, np.sqrt(weight[:3] / 4 * (1 - weight[:3] / 4) / chosen.size))
     assert share[3] == 0
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.9])
+def test_the_acceptance_of_normal_log_weights(acceptance):
+    variance = log_variance_at(acceptance)
+    noise = jax.random.normal(jax.random.key(0), (2, 100_000)) * variance**0.5
+    # states of the chain have the proposals' law tilted by the weight
+    _, prob = metropolis(jax.random.key(1), noise[0] + variance, noise[1])
+    assert_within(jnp.mean(prob), acceptance, jnp.std(prob) / np.sqrt(prob.size))
 
 
 def test_metropolis_detail():

@@ -14,7 +14,7 @@ from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.transport import euler_map, log_abs_det, spectral_norm
-from numpyro_sbtm.core.weights import log_evidence
+from numpyro_sbtm.core.weights import log_evidence, log_variance_at
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.targets import gaussian
 
@@ -118,6 +118,21 @@ def test_steps_after_the_last_map_change_nothing():
     assert jnp.isnan(info.loss) and info.gradients == 0
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), after._replace(step=state.step), state)
     assert all(jax.tree.leaves(same))
+
+
+def test_transport_ends_where_proposals_are_good_enough():
+    target = gaussian(np.zeros(2), np.eye(2))
+    goal = log_variance_at(0.8)
+
+    def ended(goal):
+        base = standard_normal(2, 1.5)
+        _, state, info = trained(target, 20, base=base, num_maps=20, steps_per_map=1, goal=goal)
+        assert bool(info.finished)
+        return int(state.step), float(state.variance)
+
+    (every_step, least), (step, variance) = ended(0.0), ended(goal)
+    assert 1 < step < every_step == 20 and least < variance < goal
+    assert ended(1e9)[0] == 1  # one map at least
 
 
 def test_non_finite_gradients_are_skipped_and_counted():

@@ -85,7 +85,7 @@ def diffusion(
         num_updates: updates per step; more than one needs a detached divergence.
         average_decay: decay of the moving average of the parameters, per update; less in the first steps.
         goal: training is finished once the variance of the log weights, on average over 50 steps, is below
-            this, whatever the divergence; the effective sample fraction is then about ``exp(-goal)``.
+            this, whatever the divergence (see `log_variance_at`).
         patience: or once it has not fallen by a twentieth in so many steps,
         good_enough: provided that it is below this.
         endpoints: points that resemble draws of the target, shape ``[m, d]``. A divergence that is valid off

@@ -55,6 +55,7 @@ class SBTMState(NamedTuple):
             backward density.
         divergence: KL(q | π) + log Z after every map, from the probes; its first entry is before any,
             shape ``[K+1]``.
+        variance: of the probes' log weights after the last map, shape ``[]``.
         noise: b of noisy draws, shape ``[]``; zero for the flow.
     """
 
@@ -68,6 +69,7 @@ class SBTMState(NamedTuple):
     probe_scores: Float[Array, "m d"]
     probe_log_q: Float[Array, " m"]
     divergence: Float[Array, " K1"]
+    variance: Float[Array, ""]
     noise: Float[Array, ""]
 
 
@@ -101,6 +103,7 @@ def sbtm(
     base: Transition | None = None,
     max_stretch: float = 0.5,
     noisy: bool = False,
+    goal: float = 0.0,
     smc_particles: int = 0,
 ) -> Algorithm:
     """Make the algorithm of score-based transport modelling.
@@ -125,6 +128,8 @@ def sbtm(
         max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one.
         noisy: draw paths with noise instead of points of the flow. The noise is chosen at the end of
             training, by the variance of the weights.
+        goal: training is finished once the variance of those points' log weights is below this (see
+            `log_variance_at`).
         smc_particles: draws behind each proposal of the ensemble (see `independent_ensemble`, and for noisy
             draws `path_ensemble`); none below two.
 
@@ -174,9 +179,13 @@ def sbtm(
         n = len(particles)
         return bounded(scores[:n]), scores[n:], values[n:]
 
-    def divergence_of(log_q: Float[Array, " m"], log_target: Float[Array, " m"]) -> Float[Array, ""]:
+    def judge(
+        log_q: Float[Array, " m"], log_target: Float[Array, " m"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Compute the divergence, but for log Z, and the variance of the log weights."""
         excess = log_q - log_target
-        return jnp.mean(jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS))
+        excess = jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS)
+        return jnp.mean(excess), jnp.var(excess)
 
     def bounded(scores: Float[Array, "n d"]) -> Float[Array, "n d"]:
         scores = jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
@@ -194,7 +203,7 @@ def sbtm(
         current = _affine_part(particles, scores, params)
         maps = jax.tree.map(lambda leaf: jnp.zeros((num_maps, *leaf.shape), leaf.dtype), current)
         zero = jnp.zeros((), jnp.int32)
-        found = divergence_of(log_q, log_target)
+        divergence, variance = judge(log_q, log_target)
         return SBTMState(
             zero,
             particles,
@@ -205,7 +214,8 @@ def sbtm(
             probes,
             probe_scores,
             log_q,
-            jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(found),
+            jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(divergence),
+            variance,
             jnp.asarray(_FIRST_NOISE if noisy else 0.0, log_q.dtype),
         )
 
@@ -262,6 +272,7 @@ def sbtm(
             scores, probe_scores, log_target = look(particles, probes)
             log_q = state.probe_log_q - change
         current = _affine_part(particles, scores, state.current.params)
+        divergence, variance = judge(log_q, log_target)
         moved = state._replace(
             particles=particles,
             scores=scores,
@@ -270,7 +281,8 @@ def sbtm(
             probes=probes,
             probe_scores=probe_scores,
             probe_log_q=log_q,
-            divergence=state.divergence.at[k + 1].set(divergence_of(log_q, log_target)),
+            divergence=state.divergence.at[k + 1].set(divergence),
+            variance=variance,
         )
         good = jnp.all(
             jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))])
@@ -280,7 +292,8 @@ def sbtm(
     def complete(state: SBTMState) -> Bool[Array, ""]:
         """Say whether another step would gain nothing."""
         stale = state.step // steps_per_map - jnp.argmin(state.divergence) > _PATIENCE
-        return stale | (state.step >= num_maps * steps_per_map)
+        reached = (state.step >= steps_per_map) & (state.variance < goal)
+        return reached | stale | (state.step >= num_maps * steps_per_map)
 
     def choose_noise(key: Key, state: SBTMState) -> SBTMState:
         """Take the noise under which the log weights of fresh paths vary least."""

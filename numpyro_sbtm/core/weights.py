@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What follows from draws with log weights (target over proposal): evidence, quality, correction."""
 
+from statistics import NormalDist
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
@@ -8,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["clean", "ess_fraction", "log_evidence", "metropolis", "resample"]
+__all__ = ["clean", "ess_fraction", "log_evidence", "log_variance_at", "metropolis", "resample"]
 
 
 def clean(log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -74,6 +76,30 @@ def resample(key: Key, log_weight: Float[Array, " n"], num: int) -> Int[Array, "
     """
     alive = jnp.any(jnp.isfinite(log_weight))
     return jax.random.categorical(key, jnp.where(alive, log_weight, 0.0), shape=(num,))
+
+
+def log_variance_at(acceptance: float) -> float:
+    """Compute the variance of normal log weights at which an independence sampler accepts so many proposals.
+
+    Independent proposals with log weights N(m, σ²) are accepted with probability 2 Φ(-σ / √2): in
+    equilibrium the log ratio of two weights is N(-σ², 2 σ²).
+
+    Args:
+        acceptance: the mean acceptance probability, between 0 and 1.
+
+    Returns:
+        σ².
+
+    Reference:
+        Doucet, Pitt, Deligiannidis & Kohn (2015), Efficient implementation of Markov chain Monte Carlo when
+        using an unbiased likelihood estimator, Biometrika 102, for the exact proposal.
+
+    Examples:
+        >>> from numpyro_sbtm.core.weights import log_variance_at
+        >>> round(log_variance_at(0.9), 4), round(log_variance_at(0.5), 4)
+        (0.0316, 0.9099)
+    """
+    return 2.0 * NormalDist().inv_cdf(acceptance / 2.0) ** 2
 
 
 def metropolis(
