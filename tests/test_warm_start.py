@@ -14,7 +14,7 @@ from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.variational import first_guesses, fit
+from numpyro_sbtm.core.variational import _pool, first_guesses, fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
@@ -107,6 +107,21 @@ def test_the_fit_covers_modes_that_lie_apart():
     inverse = jnp.linalg.inv(whitening.scale_tril)
     for mode in (8.0, -8.0):
         assert jnp.linalg.norm(inverse @ (jnp.full(2, mode) - whitening.loc)) < 3.0
+
+
+@pytest.mark.parametrize(("together", "separate"), [(1, True), (6, False)])
+def test_the_widest_of_many_modes_does_not_hide_the_others(together, separate):
+    """Fits of ten corners, the best of them by five nats; or six in its corner, and four that went astray."""
+    corners = 6.0 * jnp.sign(jax.random.normal(jax.random.key(0), (10, 4))).at[:together].set(1.0)
+    fits = jax.vmap(lambda loc: affine(loc, jnp.eye(4), jnp.arange(4)))(corners)
+    draws = corners[:, None] + jax.random.normal(jax.random.key(1), (200, 4))
+    elbos = jnp.zeros(10).at[:together].set(5.0)
+    found = jax.jit(_pool)(fits, elbos, draws, jnp.zeros((), jnp.int32))
+    assert bool(found.separate) == separate
+    assert jnp.all(found.best.loc == corners[0])
+    if separate:
+        inverse = jnp.linalg.inv(found.pooled.scale_tril)
+        assert jnp.max(jnp.linalg.norm((corners - found.pooled.loc) @ inverse.T, axis=-1)) < 3.0
 
 
 def test_margins_straighten_two_modes():

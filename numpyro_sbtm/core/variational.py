@@ -18,6 +18,7 @@ _SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
 _TEST_STEPS = 64  # sets of noise kept for comparing fits
 _LEAST_GAIN = 1e-5  # nats in one step of a climb, below which, three times in a row, it ends
+_COMPARABLE = 20.0  # nats below the best ELBO, within which a fit elsewhere may be another mode
 _STEP_SIZE = 0.03
 _NARROW = 0.1  # deviations with which a fit without correlations begins at a mode
 _CHUNK = 250  # steps between looks at the ELBOs
@@ -230,7 +231,8 @@ class Fit(NamedTuple):
     Attributes:
         best: the map of the best ELBO.
         pooled: an affine map with the pooled covariance within and between the fits, widened.
-        separate: whether fits of similar ELBO lie apart, as they do for separated modes, shape ``[]``.
+        separate: whether fits of similar ELBO lie apart, as they do for separated modes, or few of many lie
+            where the best one does, shape ``[]``.
         elbos: the ELBO of every fit, shape ``[f]``.
         draws: draws from every fit, those of failed fits not finite, shape ``[f, t, d]``.
         gradients: target gradients spent, without those of the climbs, which are few, shape ``[]``.
@@ -248,9 +250,20 @@ def _pool(
     fits: Whitening, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], gradients: Int[Array, ""]
 ) -> Fit:
     """Choose the best of several fits, and cover them all."""
-    best = jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits)
+    first = jnp.argmax(elbos)
+    best = jax.tree.map(lambda leaf: leaf[first], fits)
     dim = best.loc.shape[0]
-    weight = jax.nn.softmax(elbos)
+    # where few other fits came to the best one's place, it is one of many modes, and the widest fit counts
+    # for no more than others
+    comparable = elbos > elbos[first] - _COMPARABLE
+    centre = jnp.mean(draws, 1)
+    toward = jnp.where(comparable[:, None], centre - centre[first], 0.0)
+    spread = jnp.cov(draws[first].T).reshape(dim, dim)
+    spread += 1e-6 * jnp.trace(spread) / dim * jnp.eye(dim)
+    distance = jnp.sum(toward * jnp.linalg.solve(spread, toward.T).T, -1)
+    near = comparable & (distance < dim + 3.0 * (2.0 * dim) ** 0.5)
+    scattered = (jnp.sum(comparable) > 4 * jnp.sum(near)) & (2 * jnp.sum(comparable) > len(elbos))
+    weight = jnp.where(scattered, comparable / jnp.sum(comparable), jax.nn.softmax(elbos))
     x = jnp.where(weight[:, None, None] > 1e-6, draws, 0.0)  # a failed fit may hold anything
     means = jnp.mean(x, 1)
     mean = weight @ means
@@ -309,7 +322,8 @@ def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 16) ->
     """Fit a whitening to a target from several first guesses.
 
     Each is improved by stochastic variational inference over `Whitening` maps, and the best ELBO wins.
-    Where fits of similar ELBO lie apart, separated modes are within reach of N(0, I) under the pooled map.
+    Where fits of similar ELBO lie apart, or few lie where the best one does, separated modes are within
+    reach of N(0, I) under the pooled map.
 
     Args:
         key: random key.
