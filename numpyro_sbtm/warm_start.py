@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 from blackjax.mcmc import hmc
 from blackjax.smc import adaptive_tempered
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, normal
 from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.variational import Fit, diagonal_guesses, first_guesses, fit, fit_low_rank
+from numpyro_sbtm.core.variational import (
+    Fit,
+    diagonal_guesses,
+    first_guesses,
+    fit,
+    fit_low_rank,
+    likely_radius,
+)
 from numpyro_sbtm.core.whitening import (
     LowRank,
     Whitening,
@@ -141,7 +148,7 @@ def _add_missing(
     optimiser may have found it.
     """
     n, dim = particles.shape
-    radius = dim + 3.0 * (2.0 * dim) ** 0.5
+    radius = likely_radius(dim)
 
     def add(carry, inputs):  # type: ignore[no-untyped-def]
         particles, log_z = carry
@@ -278,20 +285,21 @@ def _wide_warm_start(target: Target) -> list[Stage]:
 
     def polish(keys, flat, particles, gradients):  # type: ignore[no-untyped-def]
         # particles do not move far along a stiff direction: the fit ends by variational inference again
-        guess = _leading_directions(keys[2], flat, particles)
+        usable = jnp.all(jnp.isfinite(particles))
+        particles = jnp.where(usable, particles, 0.0)
+        guess = _leading_directions(keys[2], flat, particles, usable)
         whitening, last = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
-        finite = jnp.where(jnp.all(jnp.isfinite(particles)), particles, 0.0)
-        u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(finite)
+        u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(particles)
         return whitening, normal(target.dim), u, gradients + last
 
     return [seek, temper, polish]
 
 
-def _leading_directions(key: Key, flat: LowRank, particles: Float[Array, "n d"]) -> LowRank:
-    """Make the map that whitens particles in their leading directions; ``flat`` whitened them first."""
+def _leading_directions(
+    key: Key, flat: LowRank, particles: Float[Array, "n d"], usable: Bool[Array, ""]
+) -> LowRank:
+    """Make the map that whitens particles in their leading directions, if usable; ``flat`` did so first."""
     n, dim = particles.shape
-    usable = jnp.all(jnp.isfinite(particles))
-    particles = jnp.where(usable, particles, 0.0)
     # leading eigenvectors of the covariance, by subspace iteration
     centre = jnp.mean(particles, 0)
     std = jnp.maximum(jnp.std(particles, 0), 1e-3)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, triangular, unwhiten
 
-__all__ = ["Fit", "diagonal_guesses", "first_guesses", "fit", "fit_low_rank"]
+__all__ = ["Fit", "diagonal_guesses", "first_guesses", "fit", "fit_low_rank", "likely_radius"]
 
 _SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations, that makes it a mode
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
@@ -246,34 +246,51 @@ class Fit(NamedTuple):
     gradients: Int[Array, ""]
 
 
+def likely_radius(dim: int) -> float:
+    """Bound the squared norm of nearly all draws of N(0, I): three deviations above its mean."""
+    return dim + 3.0 * (2.0 * dim) ** 0.5
+
+
+def _regular(cov: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    dim = cov.shape[0]
+    return cov + 1e-6 * jnp.trace(cov) / dim * jnp.eye(dim)
+
+
+def _squared_distance(toward: Float[Array, "f d"], cov: Float[Array, "d d"]) -> Float[Array, " f"]:
+    """Compute squared Mahalanobis distances."""
+    return jnp.sum(toward * jnp.linalg.solve(cov, toward.T).T, -1)
+
+
+def _shares(elbos: Float[Array, " f"], draws: Float[Array, "f t d"]) -> Float[Array, " f"]:
+    """Weigh the fits: by their evidence, but all that are comparable alike where they are scattered.
+
+    Where few fits came to the best one's place, it is one of many modes, and only the widest.
+    """
+    first, dim = jnp.argmax(elbos), draws.shape[-1]
+    comparable = elbos > elbos[first] - _COMPARABLE
+    centre = jnp.mean(draws, 1)
+    toward = jnp.where(comparable[:, None], centre - centre[first], 0.0)
+    distance = _squared_distance(toward, _regular(jnp.cov(draws[first].T).reshape(dim, dim)))
+    near = comparable & (distance < likely_radius(dim))
+    scattered = (jnp.sum(comparable) > 4 * jnp.sum(near)) & (2 * jnp.sum(comparable) > len(elbos))
+    return jnp.where(scattered, comparable / jnp.sum(comparable), jax.nn.softmax(elbos))
+
+
 def _pool(
     fits: Whitening, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], gradients: Int[Array, ""]
 ) -> Fit:
     """Choose the best of several fits, and cover them all."""
-    first = jnp.argmax(elbos)
-    best = jax.tree.map(lambda leaf: leaf[first], fits)
+    best = jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits)
     dim = best.loc.shape[0]
-    # where few other fits came to the best one's place, it is one of many modes, and the widest fit counts
-    # for no more than others
-    comparable = elbos > elbos[first] - _COMPARABLE
-    centre = jnp.mean(draws, 1)
-    toward = jnp.where(comparable[:, None], centre - centre[first], 0.0)
-    spread = jnp.cov(draws[first].T).reshape(dim, dim)
-    spread += 1e-6 * jnp.trace(spread) / dim * jnp.eye(dim)
-    distance = jnp.sum(toward * jnp.linalg.solve(spread, toward.T).T, -1)
-    near = comparable & (distance < dim + 3.0 * (2.0 * dim) ** 0.5)
-    scattered = (jnp.sum(comparable) > 4 * jnp.sum(near)) & (2 * jnp.sum(comparable) > len(elbos))
-    weight = jnp.where(scattered, comparable / jnp.sum(comparable), jax.nn.softmax(elbos))
+    weight = _shares(elbos, draws)
     x = jnp.where(weight[:, None, None] > 1e-6, draws, 0.0)  # a failed fit may hold anything
     means = jnp.mean(x, 1)
     mean = weight @ means
     centred = x - means[:, None]
-    within = jnp.einsum("s,sni,snj->ij", weight, centred, centred) / x.shape[1]
-    within += 1e-6 * jnp.trace(within) / dim * jnp.eye(dim)
+    within = _regular(jnp.einsum("s,sni,snj->ij", weight, centred, centred) / x.shape[1])
     toward = means - mean
     between = jnp.einsum("s,si,sj->ij", weight, toward, toward)
-    ratios = jnp.sum(toward * jnp.linalg.solve(within, toward.T).T, -1)
-    ratio = jnp.max(jnp.where(weight > 0.01, ratios, 0.0))
+    ratio = jnp.max(jnp.where(weight > 0.01, _squared_distance(toward, within), 0.0))
     # a few fits span a few directions only: spread them over all coordinates
     pooled_cov = within + between + jnp.diag(jnp.diagonal(between))
     tril = jnp.linalg.cholesky(jnp.where(ratio > _SEPARATE, pooled_cov, jnp.eye(dim)))
