@@ -7,11 +7,28 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.stages import Compiled, Lowered
 from numpyro.util import not_jax_tracer
 
 __all__ = ["Stage", "run_stages"]
 
 Stage = Callable[..., tuple[Any, ...]]
+
+# a stage runs once: on a CPU these save more of its compilation than they cost of its run
+_QUICK_COMPILATION: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "1",
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+def _compiled(lowered: Lowered) -> Compiled:
+    if jax.default_backend() == "cpu":
+        try:
+            return lowered.compile(compiler_options=_QUICK_COMPILATION)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):  # XLA's options change without notice
+                raise
+    return lowered.compile()
 
 
 def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
@@ -45,7 +62,7 @@ def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
         for stage in stages:
             lowered = jax.jit(stage).lower(*shapes)
             shapes = lowered.out_info
-            programs.append(pool.submit(lowered.compile))
+            programs.append(pool.submit(_compiled, lowered))
         for program in programs:
             values = program.result()(*values)
     return values

@@ -29,7 +29,7 @@ from numpyro_sbtm.core import (
     noise_path,
     two_pass_gradient,
 )
-from numpyro_sbtm.core.path import reevaluate
+from numpyro_sbtm.core.path import reevaluate, simulate
 from numpyro_sbtm.core.process import log_snr_grid
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, log_variance_at, metropolis, resample
 from numpyro_sbtm.networks import denoiser
@@ -85,6 +85,21 @@ def test_evaluate_equals_simulate(detach):
     path = batch(process, params, two_modes(), 3, 5, detach=detach)
     again = evaluated(process, params, two_modes(), path.xs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), path, again)
+
+
+def test_simulation_goes_through_given_points():
+    process, params = shaken(2, num_steps=6)
+    path = jax.tree.map(lambda leaf: leaf[0], batch(process, params, two_modes(), 3, 1))
+    free = jnp.arange(7) == 2
+    given = jnp.where(free[:, None], jnp.nan, path.xs)
+    through = jax.jit(lambda xs: simulate(process, params, two_modes(), jax.random.key(9), given=xs))
+    again = through(path.xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), path, again)
+    other = through(given)
+    np.testing.assert_allclose(other.xs[~free], path.xs[~free], rtol=1e-9)
+    assert np.all(np.abs(other.xs[2] - path.xs[2]) > 1e-3)
+    expected = evaluated(process, params, two_modes(), other.xs[None]).log_weight[0]
+    np.testing.assert_allclose(other.log_weight, expected, rtol=1e-9)
 
 
 def test_reevaluate_puts_other_parameters_on_a_path():

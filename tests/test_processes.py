@@ -156,8 +156,9 @@ def test_log_variance_per_start_does_not_see_the_law_of_the_start():
     process = process._replace(init=Gaussian(jnp.ones(2), 3.0 * jnp.ones(2)))
     target = gaussian(np.zeros(2), np.eye(2))
     starts = jnp.repeat(jax.vmap(process.init.sample)(jax.random.split(jax.random.key(0), 8)), 4, 0)
-    one = lambda key, x: simulate(process, params, target, key, start=x)  # noqa: E731
-    paths = jax.vmap(one)(jax.random.split(jax.random.key(1), 32), starts)
+    given = jnp.full((32, process.num_steps + 1, 2), jnp.nan).at[:, 0].set(starts)
+    one = lambda key, xs: simulate(process, params, target, key, given=xs)  # noqa: E731
+    paths = jax.vmap(one)(jax.random.split(jax.random.key(1), 32), given)
     assert float(log_variance().value(paths)) > 1.0
     assert float(log_variance(paths_per_start=4).value(paths)) < 1e-18
 

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, log_variance, two_pass_gradient
-from numpyro_sbtm.core.path import Path, evaluate, noise_path, reevaluate, simulate
+from numpyro_sbtm.core.path import Path, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.process import Net, Process
 from numpyro_sbtm.core.smc import path_draws
-from numpyro_sbtm.core.target import Key, Params, Target, after
+from numpyro_sbtm.core.target import Key, Params, Target
 
 __all__ = ["DiffusionState", "diffusion"]
 
@@ -136,26 +136,31 @@ def diffusion(
     spread = log_variance().value
     extra_optimiser = optax.adam(_EXTRA_RATE)
 
-    def batch(params: Params, key: Key, n: int, detach: bool = True):  # type: ignore[no-untyped-def]
-        one = lambda k: simulate(process, params, target, k, detach=detach)  # noqa: E731
-        return jax.vmap(one)(jax.random.split(key, n))
-
-    def grouped_batch(params: Params, key: Key, n: int):  # type: ignore[no-untyped-def]
-        key_start, key_paths = jax.random.split(key)
-        starts = jax.vmap(process.init.sample)(jax.random.split(key_start, n // group))
-        one = lambda k, x0: simulate(process, params, target, k, start=x0)  # noqa: E731
-        return jax.vmap(one)(jax.random.split(key_paths, n), jnp.repeat(starts, group, 0))
-
     num_backward = 0 if endpoints is None or divergence.on_policy else int(backward_share * num_paths)
 
-    def backward_batch(params: Params, key: Key):  # type: ignore[no-untyped-def]
+    def backward_points(params: Params, key: Key) -> Float[Array, "b T1 d"]:
         assert endpoints is not None
         key_ends, key_noise = jax.random.split(key)
         ends = endpoints[jax.random.randint(key_ends, (num_backward,), 0, len(endpoints))]
-        xs = jax.vmap(lambda k, x: noise_path(process, params, target, k, x))(
+        return jax.vmap(lambda k, x: noise_path(process, params, target, k, x))(
             jax.random.split(key_noise, num_backward), ends
         )
-        return jax.vmap(lambda points: evaluate(process, params, target, points))(xs)
+
+    def batch(params: Params, key: Key, detach: bool, given: Float[Array, "n T1 d"] | None) -> Path:
+        one = lambda k, xs: simulate(process, params, target, k, detach=detach, given=xs)  # noqa: E731
+        keys = jax.random.split(key, num_paths)
+        return jax.vmap(one, in_axes=(0, None if given is None else 0))(keys, given)
+
+    def detached_batch(params: Params, key_paths: Key, key_back: Key) -> Path:
+        """Paths that are constants: free ones, groups from one start, some through backward points."""
+        given = jnp.full((num_paths, num_steps + 1, target.dim), jnp.nan)
+        if group > 1:
+            key_start, key_paths = jax.random.split(key_paths)
+            first = jax.vmap(process.init.sample)(jax.random.split(key_start, num_paths // group))
+            given = given.at[:, 0].set(jnp.repeat(first, group, 0))
+        if num_backward:
+            given = given.at[-num_backward:].set(backward_points(params, key_back))
+        return batch(params, key_paths, True, given if group > 1 or num_backward else None)
 
     def init(key: Key) -> DiffusionState:
         params = net.init(key, target.dim)
@@ -179,11 +184,7 @@ def diffusion(
         carry = state.params, state.average, state.opt_state
         extra, extra_opt_state = state.extra, state.extra_opt_state
         if divergence.detach:
-            draw_batch = batch if group == 1 else grouped_batch
-            paths = draw_batch(state.params, key_paths, num_paths - num_backward)
-            if num_backward:
-                back = backward_batch(state.params, after(key_back, paths.log_target))
-                paths = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), paths, back)
+            paths = detached_batch(state.params, key_paths, key_back)
 
             def one(carry, key_k):  # type: ignore[no-untyped-def]
                 times = None
@@ -204,7 +205,7 @@ def diffusion(
         else:
 
             def through(params: Params) -> tuple[Float[Array, ""], Path]:
-                paths = batch(params, key_paths, num_paths, detach=False)
+                paths = batch(params, key_paths, False, None)
                 return divergence.value(paths), paths
 
             (loss, paths), gradient = jax.value_and_grad(through, has_aux=True)(state.params)

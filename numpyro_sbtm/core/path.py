@@ -61,7 +61,7 @@ def simulate(
     key: Key,
     *,
     detach: bool = True,
-    start: Float[Array, " d"] | None = None,
+    given: Float[Array, "T1 d"] | None = None,
 ) -> Path:
     """Simulate one path with the forward chain; `vmap` over keys for a batch.
 
@@ -72,7 +72,7 @@ def simulate(
         key: random key.
         detach: stop gradients through the points, so that only the densities depend on ``params``
             (log-variance); False lets gradients run through the trajectory (reparametrised KL).
-        start: x_0, shape ``[d]``; None draws it.
+        given: points to go through, shape ``[T+1, d]``; a row that is not finite is drawn. None draws all.
 
     Returns:
         The path, whose `log_weight` is exact at any number of steps.
@@ -86,31 +86,30 @@ def simulate(
         >>> path.xs.shape, round(float(path.log_weight), 4)  # log(2 pi), on every path
         ((5, 2), 1.8379)
     """
-    hold = jax.lax.stop_gradient if detach else (lambda x: x)
+    last = process.num_steps - 1
     key_init, key_steps = jax.random.split(key)
-    x0 = hold(process.init.sample(key_init) if start is None else start)
-    _, score0 = value_and_score(target, x0)
+
+    def point(k: Int[Array, ""], drawn: Float[Array, " d"]) -> Float[Array, " d"]:
+        if given is not None:
+            drawn = jnp.where(jnp.all(jnp.isfinite(given[k])), given[k].astype(drawn.dtype), drawn)
+        return jax.lax.stop_gradient(drawn) if detach else drawn
 
     def step(carry, inputs):  # type: ignore[no-untyped-def]
+        # arrive at x_k and go on: one place that calls the target. What x_0 came from and where x_T goes is
+        # not used, but must be finite for gradients
+        before, x = carry
         k, key_k = inputs
-        x, score = carry
-        forward = process.forward(params, k, x, score)
-        x_next = hold(forward.sample(key_k))
-        log_target, score_next = value_and_score(target, x_next)
-        log_backward = process.backward(params, k, x_next, score_next).log_prob(x)
-        out = (x_next, score_next, forward.log_prob(x_next), log_backward, log_target)
-        return (x_next, score_next), out
+        log_target, score = value_and_score(target, x)
+        log_backward = process.backward(params, jnp.maximum(k - 1, 0), x, score).log_prob(before)
+        forward = process.forward(params, jnp.minimum(k, last), x, score)
+        after = point(jnp.minimum(k, last) + 1, forward.sample(key_k))
+        return (x, after), (x, score, forward.log_prob(after), log_backward, log_target)
 
-    steps = jnp.arange(process.num_steps), jax.random.split(key_steps, process.num_steps)
-    _, (xs, scores, log_forward, log_backward, log_targets) = jax.lax.scan(step, (x0, score0), steps)
-    return Path(
-        jnp.concatenate([x0[None], xs]),
-        jnp.concatenate([score0[None], scores]),
-        process.init.log_prob(x0),
-        log_forward,
-        log_backward,
-        log_targets[-1],
-    )
+    x0 = point(jnp.zeros((), jnp.int32), process.init.sample(key_init))
+    steps = jnp.arange(process.num_steps + 1), jax.random.split(key_steps, process.num_steps + 1)
+    _, (xs, scores, log_forward, log_backward, log_targets) = jax.lax.scan(step, (x0, x0), steps)
+    log_init = process.init.log_prob(x0)
+    return Path(xs, scores, log_init, log_forward[:-1], log_backward[1:], log_targets[-1])
 
 
 def noise_path(
