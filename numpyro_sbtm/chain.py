@@ -195,16 +195,17 @@ def learned_chain(
 
     def start(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]) -> WarmStart:
         target = target_of(model_args, model_kwargs)
-        key_fit, key_check, key_adapt = jax.random.split(key, 3)
 
         def given(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]):  # type: ignore[no-untyped-def]
             assert not isinstance(precondition, str)
             loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
             whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
-            points = jax.vmap(normal(dim).sample)(jax.random.split(key, _NUM_ADAPTING))
-            return whitening, normal(dim), points, jnp.zeros((), jnp.int32)
+            key_points, key = jax.random.split(key)
+            points = jax.vmap(normal(dim).sample)(jax.random.split(key_points, _NUM_ADAPTING))
+            return whitening, normal(dim), points, jnp.zeros((), jnp.int32), key
 
-        def check(whitening, reference, points, gradients):  # type: ignore[no-untyped-def]
+        def check(whitening, reference, points, gradients, key):  # type: ignore[no-untyped-def]
+            key_check, key_adapt = jax.random.split(key)
             white = whiten(target, whitening)
             draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
             log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
@@ -224,7 +225,7 @@ def learned_chain(
 
         auto = isinstance(precondition, str)
         stages = warm_start(target, jnp.asarray(problem.order)) if auto else [given]
-        return WarmStart(*run_stages([*stages, check], key_fit, starts, scouts))
+        return WarmStart(*run_stages([*stages, check], key, starts, scouts))
 
     def algorithm_of(warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Algorithm:
         return make_algorithm(whiten(target_of(args, kwargs), warm.whitening), warm)
@@ -410,10 +411,12 @@ def learned_chain(
         if not chains:
             z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
         key_algorithm, rng_key = jax.random.split(key)
+        first = algorithm_of(warm, model_args, model_kwargs).init
+        (algorithm,) = run_stages([lambda key: (first(key),)], key_algorithm)
         zero = jnp.zeros((), jnp.int32)
         training = Training(
             warm=warm,
-            algorithm=jax.jit(algorithm_of(warm, model_args, model_kwargs).init)(key_algorithm),
+            algorithm=algorithm,
             finished=jnp.zeros((), bool),
             num_steps=zero,
             loss=jnp.full(num_warmup, jnp.nan, dtype),

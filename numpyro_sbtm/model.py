@@ -19,6 +19,7 @@ from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.target import Key, LogDensity
+from numpyro_sbtm.stages import run_stages
 
 __all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensity"]
 
@@ -184,16 +185,15 @@ def _scouts(
         z = {name: jnp.asarray(z[name], leaf.dtype).reshape(leaf.shape[1:]) for name, leaf in values.items()}
         return ravel_pytree(z)[0], potential_fn(z)
 
-    @jax.jit
-    def scouts(key: Key) -> Float[Array, "m d"]:
+    def scouts(key: Key, others: Float[Array, "n d"]) -> tuple[Float[Array, "m d"]]:
         x, energy = jax.vmap(draw)(jax.random.split(key, _NUM_SCOUTS))
         finite = jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), -1)
         # the finite draws first, again and again; without one, the other points
         first = jnp.argsort(~finite)[jnp.arange(_NUM_SCOUTS) % jnp.maximum(jnp.sum(finite), 1)]
         again = others[jnp.arange(_NUM_SCOUTS) % len(others)]
-        return jnp.where(jnp.any(finite), x[first], again)
+        return (jnp.where(jnp.any(finite), x[first], again),)
 
-    return scouts(key)
+    return run_stages([scouts], key, others)[0]
 
 
 def guide_moments(

@@ -198,14 +198,14 @@ def warm_start(target: Target, order: Int[Array, " d"]) -> list[Stage]:
         ``[s, d]``; and scouts, points that lie as widely as the target may, such as draws of the prior,
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
-        shape ``[n, d]``; and the number of target gradients spent, without those of the climbs, which are
-        few.
+        shape ``[n, d]``; the number of target gradients spent, without those of the climbs, which are few;
+        and a random key for what comes next.
     """
     if target.dim > _DENSE:
         return _wide_warm_start(target)
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
-        return jax.random.split(key, 4), first_guesses(target, starts, scouts, order), scouts
+        return jax.random.split(key, 5), first_guesses(target, starts, scouts, order), scouts
 
     def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
         found = fit(keys[0], target, guesses)
@@ -225,7 +225,7 @@ def _choose(
     particles: Float[Array, "n d"],
     log_z: Float[Array, ""],
     gradients: Int[Array, ""],
-) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""]]:
+) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""], Key]:
     """Choose the map and the mixture, from what was found and the particles that ``first`` whitens."""
     n, dim = particles.shape
     size = max_components(n, dim)
@@ -268,14 +268,14 @@ def _choose(
     carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
-    return whitening, mixture, u, found.gradients + gradients
+    return whitening, mixture, u, found.gradients + gradients, keys[4]
 
 
 def _wide_warm_start(target: Target) -> list[Stage]:
     """Do what `warm_start` does, in many dimensions, for one mode."""
 
     def seek(key, starts, scouts):  # type: ignore[no-untyped-def]
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         flat, gradients = fit_low_rank(keys[0], target, diagonal_guesses(target, starts))
         return keys, flat, gradients, _covering(jax.vmap(lambda x: invert(flat, x)[0])(scouts))
 
@@ -290,7 +290,7 @@ def _wide_warm_start(target: Target) -> list[Stage]:
         guess = _leading_directions(keys[2], flat, particles, usable)
         whitening, last = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
         u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(particles)
-        return whitening, normal(target.dim), u, gradients + last
+        return whitening, normal(target.dim), u, gradients + last, keys[4]
 
     return [seek, temper, polish]
 

@@ -205,7 +205,7 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess):
     @jax.jit
     def weights(key):
         stages = warm_start(target, jnp.arange(dim))
-        whitening, mixture, particles, _ = run_stages(stages, key, scouts[:8], scouts)
+        whitening, mixture, particles, *_ = run_stages(stages, key, scouts[:8], scouts)
         white = whiten(target, whitening)
         u = jax.vmap(mixture.sample)(jax.random.split(key, 8000))
         log_weight = jax.vmap(white.logdensity_fn)(u) - jax.vmap(mixture.log_prob)(u)
