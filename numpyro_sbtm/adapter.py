@@ -22,7 +22,7 @@ from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import log_variance_at
-from numpyro_sbtm.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import from_model, from_potential, guide_moments
 
 __all__ = ["LearnedKernel"]
@@ -118,9 +118,9 @@ class LearnedKernel(MCMCKernel):
                 f"`correction` must be 'metropolis' or None, got {correction!r}. None returns raw draws "
                 "of the learned sampler, which are not exact."
             )
-        if local_kernel is not None and local_kernel not in LOCAL_KERNELS:
+        if local_kernel not in (*LOCAL_KERNELS, "auto", None):
             raise ValueError(
-                f"`local_kernel` must be one of {', '.join(map(repr, LOCAL_KERNELS))} or None, got "
+                f"`local_kernel` must be 'auto', one of {', '.join(map(repr, LOCAL_KERNELS))}, or None, got "
                 f"{local_kernel!r}."
             )
         if target_acceptance is not None and not 0 < target_acceptance < 1:
@@ -411,7 +411,7 @@ class LearnedKernel(MCMCKernel):
             block_size=self._block_size,
             steps_per_draw=self._steps_per_draw,
             ensembles=ensembles,
-            local=None if self._local_kernel is None else local_move(self._local_kernel),
+            local=self._local_move(),
             forward_mode=self._forward_mode,
         )
         self._sample_fn = chain.sample
@@ -420,14 +420,19 @@ class LearnedKernel(MCMCKernel):
         warm = chain.start(key_start, problem.starts, problem.scouts)
         return chain.init(key_state, *self._simplify(warm, model_args, model_kwargs))
 
+    def _local_move(self) -> LocalMove | None:
+        if self._local_kernel is None:
+            return None
+        return local_move("hmc" if self._local_kernel == "auto" else self._local_kernel)
+
     def _simplify(
         self, warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[WarmStart, bool]:
         """Drop what does nothing, for programs that are smaller and faster to compile.
 
-        Of the warm start, parts that are the identity; and ensembles of proposals, where draws of the warm
-        start alone are near exact. Chains that are set up one after the other follow the first, so that their
-        states can be stacked.
+        Of the warm start, parts that are the identity; and, where its draws alone are near exact, ensembles
+        of proposals, and local moves if `local_kernel` is 'auto'. Chains that are set up one after the other
+        follow the first, so that their states can be stacked.
 
         Returns:
             The warm start, and whether proposals may turn out to be poor.
@@ -444,6 +449,8 @@ class LearnedKernel(MCMCKernel):
             before = data, num, margins, not bool(warm.near_exact())
             self._structure = before
         _, num, margins, doubtful = before
+        if self._local_kernel == "auto" and not doubtful:
+            warm = warm._replace(step_size=None)
         if whitening.margins is None:
             return warm, doubtful
         # a single component is N(0, I): see `warm_start`

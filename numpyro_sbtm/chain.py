@@ -49,7 +49,7 @@ class WarmStart(NamedTuple):
         points: points that resemble whitened draws, or None, shape ``[m, d]``.
         ess_fraction: effective sample fraction of draws from it.
         khat: Pareto k̂ of their weights.
-        step_size: of local moves.
+        step_size: of local moves; None where there are none, shape ``[]``.
         gradients: target gradients spent.
     """
 
@@ -58,7 +58,7 @@ class WarmStart(NamedTuple):
     points: Float[Array, "m d"] | None
     ess_fraction: Float[Array, ""]
     khat: Float[Array, ""]
-    step_size: Float[Array, ""]
+    step_size: Float[Array, ""] | None
     gradients: Int[Array, ""]
 
     def near_exact(self) -> Bool[Array, ""]:
@@ -176,7 +176,7 @@ def learned_chain(
         block_size: about how many proposals to make at a time.
         steps_per_draw: Metropolis steps, each with its own proposal, per draw.
         ensembles: whether proposals may be chosen among several each, should single ones be poor.
-        local: the local move after them, or None.
+        local: the local move after them, or None; there is none either where the warm start has no step size.
         forward_mode: differentiate the model in forward mode.
 
     Returns:
@@ -209,18 +209,17 @@ def learned_chain(
             white = whiten(target, whitening)
             draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
             log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
-            step_size = jnp.zeros((), dtype)
+            step_size = None
             if local is not None:
                 step_size = local.adapt(
                     after(key_adapt, log_weight),
                     white.logdensity_fn,
                     points[:: max(1, len(points) // _NUM_ADAPTING)],
-                )
+                ).astype(dtype)
             log_weight = clean(log_weight)
             # neighbours among tempered particles descend from one another: take them evenly spaced
             kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
-            found = ess_fraction(log_weight), tail_index(log_weight), step_size
-            fraction, khat, step_size = (value.astype(dtype) for value in found)
+            fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, tail_index))
             return whitening, reference, kept, fraction, khat, step_size, gradients.astype(jnp.int32)
 
         auto = isinstance(precondition, str)
@@ -300,6 +299,7 @@ def learned_chain(
     ) -> tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]:
         """One local move of one chain, and the weight of where it arrives."""
         assert local is not None
+        assert training.warm.step_size is not None
         key_move, key_weight = jax.random.split(key)
         warm = training.warm
         logdensity_fn = whiten(target_of(args, kwargs), warm.whitening).logdensity_fn
@@ -372,7 +372,7 @@ def learned_chain(
             (jax.random.split(key_accept, steps_per_draw), proposals),
         )
         accept_prob = jnp.mean(accept_probs, 0)
-        if local is not None and corrected:
+        if training.warm.step_size is not None and corrected:
             one = lambda *state_of_one: move(args, kwargs, training, *state_of_one)  # noqa: E731
             if chains:
                 one, key_local = jax.vmap(one), jax.random.split(key_local, num_chains)

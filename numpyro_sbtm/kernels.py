@@ -88,7 +88,8 @@ _COMMON = """
             keep a chain from lingering where its weight is large.
         local_kernel: a local move that ends every draw and leaves the posterior invariant: 'hmc' (8 leapfrog
             steps), 'mala', 'nuts', or None. Proposals travel between modes; it repairs what they get
-            wrong within one.
+            wrong within one. 'auto' is 'hmc' where there is something to repair, and None where draws of
+            the warm start are already near exact.
         smc_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
             many, with their mean weight: by a particle filter along the paths, for a flow without noise
             among independent draws. Draws stay exact and cost as many times more; below two: never. It is not
@@ -154,7 +155,7 @@ class DiffusionKernel(LearnedKernel):
         shared: bool = True,
         block_size: int = 4096,
         steps_per_draw: int = 4,
-        local_kernel: str | None = "hmc",
+        local_kernel: str | None = "auto",
         smc_particles: int = 16,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
@@ -265,7 +266,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         shared: bool = True,
         block_size: int = 4096,
         steps_per_draw: int = 4,
-        local_kernel: str | None = "hmc",
+        local_kernel: str | None = "auto",
         smc_particles: int = 16,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
@@ -356,7 +357,7 @@ class SBTMKernel(LearnedKernel):
         shared: bool = True,
         block_size: int = 4096,
         steps_per_draw: int = 4,
-        local_kernel: str | None = "hmc",
+        local_kernel: str | None = "auto",
         smc_particles: int = 16,
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,

@@ -253,7 +253,11 @@ def test_potential_functions_need_a_finite_start(kind, init_params, message):
         ({"precondition": (np.zeros(2), -np.eye(2))}, ValueError, "positive diagonal"),
         ({"correction": "mh"}, ValueError, "`correction` must be 'metropolis' or None, got 'mh'"),
         ({"target_acceptance": 1.0}, ValueError, "`target_acceptance` must lie between 0 and 1, got 1.0"),
-        ({"local_kernel": "gibbs"}, ValueError, "`local_kernel` must be one of 'hmc', .* got 'gibbs'"),
+        (
+            {"local_kernel": "gibbs"},
+            ValueError,
+            "`local_kernel` must be 'auto', one of .* got 'gibbs'",
+        ),
         ({"block_size": 0}, ValueError, "`block_size` must be at least 1, got 0"),
         ({"width": 0}, ValueError, "`width` must be positive, got 0"),
         ({"learning_rate": -1.0}, ValueError, "`learning_rate` must be positive, got -1.0"),
