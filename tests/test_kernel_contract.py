@@ -237,6 +237,16 @@ def test_potential_functions_need_a_finite_start(kind, init_params, message):
         run(kernel, init_params=init_params)
 
 
+@one_kind_quickly
+def test_local_moves_come_by_default_where_the_warm_start_is_poor(kind):
+    def step_size(**options):
+        return make(kind, normal, **options).init(random.key(0), 4, None, (), {}).training.warm.step_size
+
+    assert step_size() is None  # N(0, 1) needs no warm start
+    assert step_size(local_kernel="hmc") > 0
+    assert step_size(precondition=(np.zeros(1), 5.0 * np.eye(1))) > 0
+
+
 # ------------------------------------------------------------------ refusals
 @both_kinds
 @pytest.mark.parametrize(

@@ -135,6 +135,18 @@ def test_margins_straighten_two_modes():
         assert_within(np.mean(u < level, 0), share, np.sqrt(share * (1 - share) / 2600))
 
 
+def test_margins_draw_next_to_nothing_between_modes_and_spare_normal_coordinates():
+    key_side, key_noise = jax.random.split(jax.random.key(0))
+    noise = jax.random.normal(key_noise, (4096, 2))
+    side = jax.random.rademacher(key_side, (4096,), noise.dtype)
+    margins = fit_margins(noise * jnp.array([0.1, 1.0]) + jnp.stack([side, 0 * side], 1), jnp.ones(4096))
+    assert jnp.all(margins.slope[1] == 1.0) and jnp.all(margins.u[1] == margins.y[1])
+    whitening = affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
+    x, _ = jax.vmap(lambda u: unwhiten(whitening, u))(jax.random.normal(jax.random.key(1), (100_000, 2)))
+    assert 0 < jnp.mean(jnp.abs(x[:, 0]) < 0.5) < 1e-3
+    np.testing.assert_allclose(x[:, 1].std(), 1.0, atol=0.01)
+
+
 def test_mixture_densities_and_draws_agree_with_scipy():
     mixture = three_components()
     y = jax.random.normal(jax.random.key(0), (20, 2))
