@@ -430,8 +430,8 @@ class LearnedKernel(MCMCKernel):
     ) -> tuple[WarmStart, bool]:
         """Drop what does nothing, for programs that are smaller and faster to compile.
 
-        Of the warm start, parts that are the identity; and, where its draws alone are near exact, ensembles
-        of proposals, and local moves if `local_kernel` is 'auto'. Chains that are set up one after the other
+        Of the warm start, parts that are the identity; and, where its draws alone would do, ensembles of
+        proposals, and local moves if `local_kernel` is 'auto'. Chains that are set up one after the other
         follow the first, so that their states can be stacked.
 
         Returns:
@@ -446,7 +446,7 @@ class LearnedKernel(MCMCKernel):
         if before is None or not (same and all(map(operator.is_, before[0], data))):
             num = int(np.sum(np.isfinite(reference.log_weight)))
             margins = whitening.margins is not None and bool(np.any(whitening.margins.slope != 1.0))
-            before = data, num, margins, not bool(warm.near_exact())
+            before = data, num, margins, not bool(warm.usable())
             self._structure = before
         _, num, margins, doubtful = before
         if self._local_kernel == "auto" and not doubtful:

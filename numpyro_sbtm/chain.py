@@ -63,7 +63,11 @@ class WarmStart(NamedTuple):
 
     def near_exact(self) -> Bool[Array, ""]:
         """Say whether there is little to learn: an effective fraction above 0.5 and k̂ below 0.5."""
-        return (self.ess_fraction > 0.5) & (self.khat < 0.5)
+        return self.usable() & (self.khat < 0.5)
+
+    def usable(self) -> Bool[Array, ""]:
+        """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""
+        return (self.ess_fraction > 0.5) & (self.khat < USABLE_KHAT)
 
 
 class Training(NamedTuple):
