@@ -16,7 +16,7 @@ from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, unwhiten, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
-from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
+from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, NEARLY_EQUAL, USABLE_KHAT, tail_index
 from numpyro_sbtm.stages import run_stages
 from numpyro_sbtm.warm_start import warm_start
 
@@ -63,7 +63,7 @@ class WarmStart(NamedTuple):
 
     def near_exact(self) -> Bool[Array, ""]:
         """Say whether there is little to learn: an effective fraction above 0.5 and k̂ below 0.5."""
-        return self.usable() & (self.khat < 0.5)
+        return self.usable() & (self.khat < FINITE_VARIANCE_KHAT)
 
     def usable(self) -> Bool[Array, ""]:
         """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""

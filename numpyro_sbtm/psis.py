@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from blackjax.diagnostics import psis_weights
 from jaxtyping import Array, Float
 
-__all__ = ["NEARLY_EQUAL", "USABLE_KHAT", "tail_index"]
+__all__ = ["FINITE_VARIANCE_KHAT", "NEARLY_EQUAL", "USABLE_KHAT", "tail_index"]
 
+FINITE_VARIANCE_KHAT = 0.5  # above it the weights have no finite variance
 USABLE_KHAT = 0.7  # above it the mean weight has no usable error bar
 NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
 _FEWEST = 25  # positive weights that have a tail

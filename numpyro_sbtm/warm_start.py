@@ -240,16 +240,16 @@ def _choose(
     flat, diagonal = _affine_maps(x, found.best.order)
     whitenings = jax.tree.map(lambda *leaves: jnp.stack(leaves), found.best, flat, diagonal)
     train = (jnp.arange(n) < n // 2).astype(x.dtype)
-    blank = identity_margins(x[0])
+    blank, plain = identity_margins(x[0]), _padded_normal(x[0], size)
 
     def attempt(row: Int[Array, ""], weight: Float[Array, " n"]) -> tuple[Whitening, Mixture]:
         whitening = jax.tree.map(lambda leaf: leaf[which[row]], whitenings)
-        u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
         kind = kinds[row]
-        margins = jax.tree.map(lambda a, b: jnp.where(kind == _MARGINS, a, b), fit_margins(u, weight), blank)
-        mixture = fit_mixture(keys[3], u, weight, jnp.maximum(kind, 1), size)
-        plain = _padded_normal(mixture)
-        mixture = jax.tree.map(lambda a, b: jnp.where(kind < 2, a, b), plain, mixture)
+        u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
+        margins = jax.lax.cond(kind == _MARGINS, lambda: fit_margins(u, weight), lambda: blank)
+        mixture = jax.lax.cond(
+            kind > _MARGINS, lambda: fit_mixture(keys[3], u, weight, kind, size), lambda: plain
+        )
         return whitening._replace(margins=margins), mixture
 
     def compare(carry, k):  # type: ignore[no-untyped-def]
@@ -326,14 +326,14 @@ def _leading_directions(
     )
 
 
-def _padded_normal(like: Mixture) -> Mixture:
+def _padded_normal(like: Float[Array, " d"], size: int) -> Mixture:
     """Make N(0, I), all other components of which are not there."""
-    num, dim = like.centre.shape
+    shape = size, like.size
     return Mixture(
-        jnp.where(jnp.arange(num) == 0, 0.0, -jnp.inf).astype(like.log_weight.dtype),
-        jnp.broadcast_to(jnp.eye(dim, dtype=like.centre.dtype), (num, dim, dim)),
-        jnp.zeros_like(like.centre),
-        jnp.ones_like(like.std),
+        jnp.where(jnp.arange(size) == 0, 0.0, -jnp.inf).astype(like.dtype),
+        jnp.broadcast_to(jnp.eye(like.size, dtype=like.dtype), (*shape, like.size)),
+        jnp.zeros(shape, like.dtype),
+        jnp.ones(shape, like.dtype),
     )
 
 

@@ -266,7 +266,7 @@ def test_local_moves_come_by_default_where_the_warm_start_is_poor(kind):
         (
             {"local_kernel": "gibbs"},
             ValueError,
-            "`local_kernel` must be 'auto', one of .* got 'gibbs'",
+            "`local_kernel` must be 'auto', one of 'hmc', .* or None, got 'gibbs'",
         ),
         ({"block_size": 0}, ValueError, "`block_size` must be at least 1, got 0"),
         ({"width": 0}, ValueError, "`width` must be positive, got 0"),

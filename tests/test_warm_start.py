@@ -95,6 +95,32 @@ def test_the_fit_straightens_a_funnel_given_its_order():
     assert float(jnp.std(log_weight)) < 0.5  # the best affine map leaves more than 2
 
 
+def test_the_whitening_of_a_wide_funnel_is_all_but_exact():
+    # log scales 1.5 s: at three deviations 4.5, still below the bound of 6
+    z = jax.random.normal(jax.random.key(0), (20_000, 10))
+    funnel = affine(jnp.zeros(10), jnp.eye(10))
+    funnel = funnel._replace(log_scale_slope=jnp.zeros((10, 10)).at[1:, 0].set(1.5))
+    log_det = jax.vmap(lambda u: unwhiten(funnel, u)[1])(z)
+    x = jax.vmap(lambda u: unwhiten(funnel, u)[0])(z)
+    excess = 0.5 * jnp.sum(z[:, 1:] ** 2 - (x[:, 1:] * jnp.exp(-1.5 * x[:, :1])) ** 2, -1)
+    log_weight = excess + log_det - 9 * 1.5 * x[:, 0]
+    assert ess_fraction(log_weight) > 0.97  # .74 with a plain hyperbolic tangent
+    assert abs(jnp.mean(log_weight)) < 0.01
+
+
+def test_the_fits_of_a_banana_lean_to_both_sides():
+    def density(x):
+        return -0.5 * ((x[0] / 10) ** 2 + (x[1] - 0.1 * (100 - x[0] ** 2)) ** 2)
+
+    target, starts = Target(density, 2), jax.random.normal(jax.random.key(0), (8, 2))
+    run = jax.jit(lambda key: fit(key, target, first_guesses(target, starts, starts, jnp.arange(2))))
+    found = run(jax.random.key(1))
+    alike = found.elbos > jnp.max(found.elbos) - 0.2
+    centres = jnp.mean(found.draws, 1)[alike, 0]
+    assert jnp.min(centres) < -1 and jnp.max(centres) > 1
+    assert found.separate  # so that tempered particles go over both arms
+
+
 def test_the_fit_covers_modes_that_lie_apart():
     one = gaussian(np.zeros(2), np.eye(2)).logdensity_fn
     apart = lambda x: jnp.logaddexp(one(x - 8.0), one(x + 8.0))  # noqa: E731

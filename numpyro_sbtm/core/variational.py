@@ -10,11 +10,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, triangular, unwhiten
+from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, triangular, unwhiten
 
 __all__ = ["Fit", "diagonal_guesses", "first_guesses", "fit", "fit_low_rank", "likely_radius"]
 
 _SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations, that makes it a mode
+_COUNTS = 0.01  # share of the evidence from which a fit is one of the modes
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
 _TEST_STEPS = 64  # sets of noise kept for comparing fits
 _LEAST_GAIN = 1e-5  # nats in one step of a climb, below which, three times in a row, it ends
@@ -156,7 +157,8 @@ def _maximise_elbos(
     """Improve several first guesses by stochastic variational inference, side by side.
 
     The step size is constant until the best ELBO stops rising, and then decays. All fits share their
-    noise: one generator to compile, and fairer comparisons.
+    noise but for signs: one generator to compile, and where a posterior is symmetric, such as a
+    banana, not all of them lean to the same side.
 
     Args:
         key: random key.
@@ -173,7 +175,8 @@ def _maximise_elbos(
     dtype = guesses.loc.dtype
     optimiser = optax.chain(optax.clip_by_global_norm(10.0 * dim**0.5), optax.scale_by_adam())
     shapes = jax.vmap(family.blank)(guesses)
-    key_test, key_noise = jax.random.split(key)
+    key_test, key_noise, key_signs = jax.random.split(key, 3)
+    signs = jax.random.rademacher(key_signs, (num_fits, dim), dtype)
     test_noise = jax.random.normal(key_test, (num_test, dim), dtype)
 
     def improve(guess, shape, opt_state, half, rate):  # type: ignore[no-untyped-def]
@@ -207,8 +210,8 @@ def _maximise_elbos(
             done = jnp.where(steady, 0.0, _DECAY_CHUNKS - 1 - left + i / _CHUNK) / _DECAY_CHUNKS
             rate = _STEP_SIZE * (0.03 + 0.97 * 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
             half = jax.random.normal(key_i, (num_draws // 2, dim), dtype)
-            one = lambda guess, shape, opt_state: improve(guess, shape, opt_state, half, rate)  # noqa: E731
-            return jax.vmap(one)(guesses, *fits), None
+            noise = signs[:, None] * half
+            return jax.vmap(lambda *fit: improve(*fit, rate))(guesses, *fits, noise), None
 
         keys = jax.random.split(jax.random.fold_in(key_noise, k), _CHUNK)
         fits, _ = jax.lax.scan(step, fits, (jnp.arange(_CHUNK, dtype=dtype), keys))
@@ -232,7 +235,7 @@ class Fit(NamedTuple):
         best: the map of the best ELBO.
         pooled: an affine map with the pooled covariance within and between the fits, widened.
         separate: whether fits of similar ELBO lie apart, as they do for separated modes, or few of many lie
-            where the best one does, shape ``[]``.
+            where the best one does, or the pooled map suits the draws of all better, shape ``[]``.
         elbos: the ELBO of every fit, shape ``[f]``.
         draws: draws from every fit, those of failed fits not finite, shape ``[f, t, d]``.
         gradients: target gradients spent, without those of the climbs, which are few, shape ``[]``.
@@ -276,6 +279,15 @@ def _shares(elbos: Float[Array, " f"], draws: Float[Array, "f t d"]) -> Float[Ar
     return jnp.where(scattered, comparable / jnp.sum(comparable), jax.nn.softmax(elbos))
 
 
+def _mean_log_density(
+    whitening: Whitening, weight: Float[Array, " f"], x: Float[Array, "f t d"]
+) -> Float[Array, ""]:
+    """Average the log density that a map gives to weighted fits' draws, up to a constant."""
+    u, log_det = jax.vmap(jax.vmap(lambda y: invert(whitening, y)))(x)
+    value = jnp.mean(-0.5 * jnp.sum(u * u, -1) - log_det, 1)
+    return jnp.sum(jnp.where(weight > _COUNTS, weight * jnp.nan_to_num(value, nan=-jnp.inf), 0.0))
+
+
 def _pool(
     fits: Whitening, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], gradients: Int[Array, ""]
 ) -> Fit:
@@ -290,13 +302,17 @@ def _pool(
     within = _regular(jnp.einsum("s,sni,snj->ij", weight, centred, centred) / x.shape[1])
     toward = means - mean
     between = jnp.einsum("s,si,sj->ij", weight, toward, toward)
-    ratio = jnp.max(jnp.where(weight > 0.01, _squared_distance(toward, within), 0.0))
+    ratio = jnp.max(jnp.where(weight > _COUNTS, _squared_distance(toward, within), 0.0))
     # a few fits span a few directions only: spread them over all coordinates
     pooled_cov = within + between + jnp.diag(jnp.diagonal(between))
-    tril = jnp.linalg.cholesky(jnp.where(ratio > _SEPARATE, pooled_cov, jnp.eye(dim)))
-    separate = (ratio > _SEPARATE) & jnp.all(jnp.isfinite(tril))
-    pooled = affine(mean, jnp.where(separate, tril, jnp.eye(dim)), best.order)
+    tril = jnp.linalg.cholesky(pooled_cov)
+    regular = jnp.all(jnp.isfinite(tril))
+    pooled = affine(mean, jnp.where(regular, tril, jnp.eye(dim)), best.order)
     unsort = jnp.argsort(best.order)
+    # a curved map may leave out what other fits found, although they overlap: a banana's other arm
+    some = x[:, ::8, unsort]
+    covers = _mean_log_density(pooled, weight, some) > _mean_log_density(best, weight, some)
+    separate = regular & ((ratio > _SEPARATE) | covers)
     return Fit(best, pooled, separate, elbos, draws[..., unsort], gradients)
 
 
