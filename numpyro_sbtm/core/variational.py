@@ -210,8 +210,8 @@ def _maximise_elbos(
             done = jnp.where(steady, 0.0, _DECAY_CHUNKS - 1 - left + i / _CHUNK) / _DECAY_CHUNKS
             rate = _STEP_SIZE * (0.03 + 0.97 * 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
             half = jax.random.normal(key_i, (num_draws // 2, dim), dtype)
-            noise = signs[:, None] * half
-            return jax.vmap(lambda *fit: improve(*fit, rate))(guesses, *fits, noise), None
+            one = lambda sign, guess, shape, state: improve(guess, shape, state, sign * half, rate)  # noqa: E731
+            return jax.vmap(one)(signs, guesses, *fits), None
 
         keys = jax.random.split(jax.random.fold_in(key_noise, k), _CHUNK)
         fits, _ = jax.lax.scan(step, fits, (jnp.arange(_CHUNK, dtype=dtype), keys))
