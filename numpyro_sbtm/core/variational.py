@@ -355,8 +355,8 @@ def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 16) ->
     """Fit a whitening to a target from several first guesses.
 
     Each is improved by stochastic variational inference over `Whitening` maps, and the best ELBO wins.
-    Where fits of similar ELBO lie apart, or few lie where the best one does, separated modes are within
-    reach of N(0, I) under the pooled map.
+    Where fits of similar ELBO lie apart, few lie where the best one does, or the pooled map suits the draws
+    of all better, separated modes are within reach of N(0, I) under the pooled map.
 
     Args:
         key: random key.
