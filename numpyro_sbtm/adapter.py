@@ -24,6 +24,7 @@ from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import from_model, from_potential, guide_moments
+from numpyro_sbtm.psis import NEARLY_EQUAL
 
 __all__ = ["LearnedKernel"]
 
@@ -162,7 +163,7 @@ class LearnedKernel(MCMCKernel):
         self._propose_fn: Callable[..., Proposals] | None = None
         self._weigh_fn: Callable[..., Float[Array, " n"]] | None = None
         self._postprocess_gen: Callable[..., Any] | None = None
-        self._structure: tuple[list[Any], int, bool, bool] | None = None
+        self._structure: tuple[list[Any], int, bool, bool, bool] | None = None
 
     @abstractmethod
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
@@ -430,9 +431,9 @@ class LearnedKernel(MCMCKernel):
     ) -> tuple[WarmStart, bool]:
         """Drop what does nothing, for programs that are smaller and faster to compile.
 
-        Of the warm start, parts that are the identity; and, where its draws alone would do, ensembles of
-        proposals, and local moves if `local_kernel` is 'auto'. Chains that are set up one after the other
-        follow the first, so that their states can be stacked.
+        Of the warm start, parts that are the identity; where its draws alone would do, ensembles of
+        proposals; and where they are nearly exact, local moves if `local_kernel` is 'auto'. Chains
+        that are set up one after the other follow the first, so that their states can be stacked.
 
         Returns:
             The warm start, and whether proposals may turn out to be poor.
@@ -446,10 +447,12 @@ class LearnedKernel(MCMCKernel):
         if before is None or not (same and all(map(operator.is_, before[0], data))):
             num = int(np.sum(np.isfinite(reference.log_weight)))
             margins = whitening.margins is not None and bool(np.any(whitening.margins.slope != 1.0))
-            before = data, num, margins, not bool(warm.usable())
+            # between an effective fraction of a half and nine tenths a chain may stick for many draws
+            still = bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
+            before = data, num, margins, not bool(warm.usable()), still
             self._structure = before
-        _, num, margins, doubtful = before
-        if self._local_kernel == "auto" and not doubtful:
+        _, num, margins, doubtful, still = before
+        if self._local_kernel == "auto" and still:
             warm = warm._replace(step_size=None)
         if whitening.margins is None:
             return warm, doubtful

@@ -88,8 +88,8 @@ _COMMON = """
             keep a chain from lingering where its weight is large.
         local_kernel: a local move that ends every draw and leaves the posterior invariant: 'hmc' (8 leapfrog
             steps), 'mala', 'nuts', or None. Proposals travel between modes; it repairs what they get
-            wrong within one. 'auto' is 'hmc', but None where draws of the warm start alone would do: an
-            effective fraction above 0.5 and k̂ below 0.7.
+            wrong within one. 'auto' is 'hmc', but None where the warm start is nearly exact: an effective
+            fraction above 0.9 and k̂ below 0.5.
         smc_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
             many, with their mean weight: by a particle filter along the paths, for a flow without noise
             among independent draws. Draws stay exact and cost as many times more; below two: never. It is not

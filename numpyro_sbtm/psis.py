@@ -3,14 +3,16 @@
 
 import jax.numpy as jnp
 from blackjax.diagnostics import psis_weights
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-__all__ = ["FINITE_VARIANCE_KHAT", "NEARLY_EQUAL", "USABLE_KHAT", "tail_index"]
+__all__ = ["FINITE_VARIANCE_KHAT", "NEARLY_EQUAL", "USABLE_KHAT", "tail_index", "unseen_share"]
 
 FINITE_VARIANCE_KHAT = 0.5  # above it the weights have no finite variance
 USABLE_KHAT = 0.7  # above it the mean weight has no usable error bar
 NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
 _FEWEST = 25  # positive weights that have a tail
+_LARGEST_KHAT = 0.9  # of a tail whose mean is still computed; one at k-hat 1 has none
 _EQUAL = 1e-4  # range of log weights below which they count as equal
 
 
@@ -44,3 +46,29 @@ def tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
     khat = jnp.where(jnp.isfinite(khat), khat, jnp.inf)
     khat = jnp.where(spread < _EQUAL, -jnp.inf, khat)
     return jnp.where(jnp.sum(alive) < _FEWEST, jnp.inf, khat)
+
+
+def unseen_share(log_weight: Float[Array, " n"], khat: Float[Array, ""] | float) -> Float[Array, ""]:
+    """Compute what weights larger than any seen are expected to add to their sum, as a share of it.
+
+    One weight in n lies above the largest of n, and of a Pareto tail of index k those above w have the mean
+    w / (1 - k). Where weights have no finite variance, their sample's tells nothing, and this is the size of
+    the error of their mean.
+
+    Args:
+        log_weight: shape ``[n]``; ``-inf`` is a weight of zero.
+        khat: their tail index; taken as 0.9 where it is larger, as 0 where it is less than 0.
+
+    Returns:
+        max w / Σ w / (1 - k̂), shape ``[]``.
+
+    Reference:
+        Embrechts, Klüppelberg & Mikosch (1997), Modelling extremal events, theorem 3.4.13 (e).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.psis import unseen_share
+        >>> round(float(unseen_share(jnp.log(jnp.array([1.0, 1.0, 2.0])), 0.5)), 4)
+        1.0
+    """
+    return jnp.exp(jnp.max(log_weight) - logsumexp(log_weight)) / (1.0 - jnp.clip(khat, 0.0, _LARGEST_KHAT))

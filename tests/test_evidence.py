@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from benchmarks.posteriors import PROBLEMS, regression
 from numpyro_sbtm import LogVarianceDISKernel, report
 from numpyro_sbtm.core.weights import log_evidence
+from numpyro_sbtm.psis import tail_index, unseen_share
 
 NUM_SEEDS, NUM_COVERED = 40, 38
 NUM_SIMULATIONS, NUM_BINS = 200, 10
@@ -43,6 +44,20 @@ def test_bayes_factor_of_nested_regressions(kind):
 
 
 # ------------------------------------------------------------------ coverage
+@pytest.mark.parametrize("khat", [0.6, 0.7])
+def test_error_bars_of_heavy_tails_are_of_the_size_of_the_errors(khat):
+    """A tenth of the weight in a Pareto tail without variance: the sample's standard error is too small."""
+    uniform = np.random.default_rng(0).uniform(size=(300, 4000))
+    log_weight = jnp.log(1.0 + 0.1 * (uniform**-khat - 1.0))
+    estimate, error = jax.vmap(log_evidence)(log_weight)
+    found = jax.jit(jax.vmap(tail_index))(log_weight)
+    wider = jnp.where(found > 0.5, jnp.maximum(error, jax.vmap(unseen_share)(log_weight, found)), error)
+    off = np.abs(estimate - np.log(1.0 + 0.1 * khat / (1.0 - khat)))
+    spread = np.sqrt(0.68 * 0.32 / 300)
+    assert np.mean(off < error) < 0.68 - 2 * spread
+    assert 0.68 - 2 * spread < np.mean(off < wider) < 0.68 + 4 * spread
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["eight schools, non-centred", "regression", "nine modes"])
 def test_error_bars_cover_the_log_evidence(name, compiled_once):
