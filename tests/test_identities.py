@@ -29,6 +29,7 @@ from numpyro_sbtm.core import (
     noise_path,
     two_pass_gradient,
 )
+from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.path import reevaluate, simulate
 from numpyro_sbtm.core.process import log_snr_grid
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, log_variance_at, metropolis, resample
@@ -60,6 +61,51 @@ def test_dis_on_its_reference_mixture_has_constant_weight(num_steps):
     process = dis(still, 2, num_steps, scale=1.3, reference=mixture)
     paths = batch(process, jnp.zeros(0), Target(mixture.log_prob, 2), 0, 50)
     np.testing.assert_allclose(paths.log_weight, 0.0, atol=1e-9)
+
+
+def test_a_correction_of_one_moves_each_component_by_its_own_deviation():
+    """Narrow components are not thrown off by a network that has yet to learn."""
+    mixture = three_components()._replace(rotation=None)
+    net = lambda size: Net(  # noqa: E731
+        STILL.init, lambda params, t, x, score: (size + 0 * x, 0 * x, jnp.zeros(()), jnp.zeros(4))
+    )
+    last = jnp.array(3)  # its points are draws of x_T itself: no bridge is between
+    moved, still = (
+        dis(net(size), 2, 4, reference=mixture).forward(jnp.zeros(0), last, jnp.ones(2), jnp.ones(2))
+        for size in (1.0, 0.0)
+    )
+    np.testing.assert_allclose(moved.centre - still.centre, still.std, rtol=1e-6)
+
+
+def test_a_far_mode_is_not_thrown_off_by_the_first_updates():
+    """Modes may lie a hundred deviations apart, where the whitening follows one of them."""
+    mixture = Mixture(jnp.log(jnp.ones(2) / 2), None, jnp.array([[0.0], [100.0]]), jnp.ones((2, 1)))
+    target = Target(lambda x: mixture.log_prob(x) + 0.1 * jnp.sum(jnp.sin(x)), 1)
+    net = denoiser(16, num_components=2)
+    process = dis(net, 1, num_steps=8, reference=mixture)
+    algorithm = diffusion(target, process, net, log_variance(), optax.adam(2e-3), num_paths=64)
+    state, step = algorithm.init(jax.random.key(0)), jax.jit(algorithm.step)
+    for k in range(10):
+        state, info = step(jax.random.key(k), state)
+        assert info.loss < 1.0
+
+
+def test_training_that_makes_it_worse_is_undone():
+    mixture = three_components()
+    target = Target(lambda x: mixture.log_prob(x) + 2.0, 2)
+    net = denoiser(8, num_components=4)
+    process = dis(net, 2, num_steps=4, reference=mixture)
+    algorithm = diffusion(target, process, net, log_variance(), optax.sgd(-1e3), num_paths=32)
+    key = jax.random.key(0)
+    state = algorithm.init(key)
+    perturbed = jax.tree.map(lambda leaf: leaf + 1e-3, state.params)
+    state = state._replace(params=perturbed, average=perturbed, start=perturbed)
+    advance = jax.jit(algorithm.step)
+    for k in range(5):
+        state, _ = advance(jax.random.fold_in(key, k), state)
+    draw = jax.jit(algorithm.draw, static_argnums=2)
+    assert float(jnp.std(draw(key, state._replace(first=jnp.asarray(jnp.inf)), 100).log_weight)) > 1.0
+    assert float(jnp.std(draw(key, state, 100).log_weight)) < 0.1
 
 
 @pytest.mark.parametrize("reference", [None, three_components])

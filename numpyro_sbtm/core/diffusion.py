@@ -25,11 +25,13 @@ class DiffusionState(NamedTuple):
         step: training steps done, shape ``[]``.
         params: parameters being trained.
         average: their moving average, which draws use.
+        start: the parameters at the start, which draws use if the log weights now vary twice as much.
         opt_state: state of the optimiser.
         extra: what the divergence learns itself, such as log Z, or None.
         extra_opt_state: state of its optimiser.
         recent: moving average of the variance of the log weights, each taken before the update on its own
             paths, shape ``[]``.
+        first: the variance at the start, shape ``[]``.
         best: the lowest such average at which it was still falling, shape ``[]``.
         stale: steps since then, shape ``[]``.
     """
@@ -37,10 +39,12 @@ class DiffusionState(NamedTuple):
     step: Int[Array, ""]
     params: Params
     average: Params
+    start: Params
     opt_state: optax.OptState
     extra: Float[Array, ""] | None
     extra_opt_state: optax.OptState
     recent: Float[Array, ""]
+    first: Float[Array, ""]
     best: Float[Array, ""]
     stale: Int[Array, ""]
 
@@ -49,6 +53,7 @@ _MIN_STEPS = 100
 _WINDOW = 50  # of the moving average of the variance
 _EXTRA_RATE = 0.1  # step size of what a divergence learns
 _LESS = 0.95  # a variance below this share of the best is falling
+_WORSE = 2.0  # a variance above this multiple of the first undoes the training
 
 
 def diffusion(
@@ -72,7 +77,8 @@ def diffusion(
     """Make the algorithm that trains a process by a divergence.
 
     One step simulates a block of paths and makes ``num_updates`` updates on it, the later ones off
-    policy: the points stay, the densities on them are computed anew without calling the target.
+    policy: the points stay, the densities on them are computed anew without calling the target. Draws use
+    the parameters of the start should training have made the log weights vary twice as much.
 
     Args:
         target: the density.
@@ -168,7 +174,17 @@ def diffusion(
         extra = divergence.extra
         extra_opt_state = extra_optimiser.init(extra)
         return DiffusionState(
-            zero, params, params, optimiser.init(params), extra, extra_opt_state, far, far, zero
+            step=zero,
+            params=params,
+            average=params,
+            start=params,
+            opt_state=optimiser.init(params),
+            extra=extra,
+            extra_opt_state=extra_opt_state,
+            recent=far,
+            first=far,
+            best=far,
+            stale=zero,
         )
 
     def update(carry, gradient, step):  # type: ignore[no-untyped-def]
@@ -219,16 +235,24 @@ def diffusion(
         stale = jnp.where(falling, 0, state.stale + 1)
         finished = (recent < goal) | ((stale > patience) & (recent < good_enough))
         best = jnp.where(falling & (state.step > _WINDOW), recent, state.best)
-        new = DiffusionState(
-            state.step + 1,
-            *carry,
-            extra,
-            extra_opt_state,
-            recent.astype(past.dtype),
-            best.astype(past.dtype),
-            stale,
+        params, average, opt_state = carry
+        new = state._replace(
+            step=state.step + 1,
+            params=params,
+            average=average,
+            opt_state=opt_state,
+            extra=extra,
+            extra_opt_state=extra_opt_state,
+            recent=recent.astype(past.dtype),
+            first=jnp.where(state.step == 0, now, state.first).astype(past.dtype),
+            best=best.astype(past.dtype),
+            stale=stale,
         )
         return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
 
-    single, several = path_draws(process, target, lambda state: state.average, smc_particles)
+    def params_of(state: DiffusionState) -> Params:
+        undone = state.recent > _WORSE * state.first
+        return jax.tree.map(lambda a, b: jnp.where(undone, a, b), state.start, state.average)
+
+    single, several = path_draws(process, target, params_of, smc_particles)
     return Algorithm(init, step, single.draw, single.weigh, several)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.mixture import Mixture, normal
+from numpyro_sbtm.core.mixture import Mixture, moments, normal
 from numpyro_sbtm.core.target import Key, Params
 from numpyro_sbtm.core.transition import Gaussian, Transition
 
@@ -121,16 +121,18 @@ def dis(
         F_k(x' | x) = Σ_c softmax(log p_c(x) + l_c) N(c_K D_c + c_x x,
                                                      σ² α_k (1-A_{k+1})/(1-A_k) I + c_K² V_c exp(r)),
         c_K = √A_{k+1} α_k / (1-A_k),      c_x = √(1-α_k) (1-A_{k+1}) / (1-A_k),
-        D_c = m_c(x) + σ √(1-A_k) (m + gate s̃),
+        D_c = m_c(x) + √V_c (m + gate s̃),
         s̃   = clip(√(A_k (1-A_k)) σ (∇log ρ(x) - ∇log reference(x)), ±score_clip).
 
     With network outputs l = m = r = gate = 0 this is the exact time reversal for the reference as target,
-    at every number of steps: all weights are then equal. The score enters relative to the reference's.
+    at every number of steps: all weights are then equal. The score enters relative to the reference's, and
+    the mean moves in units of what each component leaves uncertain: a narrow one is not thrown off by a
+    network that has yet to learn.
 
     Args:
-        net: ``apply(params, log_snr, x, s̃)`` returns ``(m, r, gate, l)`` of shapes ``[d]``, ``[d]``,
-            ``[]`` and ``[K]``; ``log_snr`` depends on the step alone. r is in the coordinates of a
-            component's eigenvectors.
+        net: ``apply(params, log_snr, z, s̃)`` returns ``(m, r, gate, l)`` of shapes ``[d]``, ``[d]``,
+            ``[]`` and ``[K]``, from the point in units of its mean and deviations under the reference, z;
+            ``log_snr`` depends on the step alone. r is in the coordinates of a component's eigenvectors.
         dim: the dimension d.
         num_steps: the number of steps, T.
         scale: the standard deviation σ of the noise.
@@ -153,6 +155,7 @@ def dis(
         (1, 2)
     """
     reference = normal(dim, scale) if reference is None else reference
+    centre, spread = moments(reference)
     share = log_snr_grid(num_steps)
     alpha = 1.0 - share[:-1] / share[1:]
     noise = 1.0 - share  # (1-A_k): exact enough in float64, and only then rounded
@@ -172,14 +175,17 @@ def dis(
         root, noise_var = at(np.sqrt(share), k, x), scale**2 * at(noise, k, x)
         feature = root * jnp.sqrt(noise_var) * (score - reference.score(x))
         feature = jnp.clip(feature, -score_clip, score_clip)
-        mean, log_var, gate, logits = net.apply(params, at(log_snr, k, x), x / scale, feature)
+        # modes may lie a hundred deviations apart: the network sees all of them within a few units
+        seen = (x - root * centre) / jnp.sqrt(root**2 * spread**2 + noise_var)
+        mean, log_var, gate, logits = net.apply(params, at(log_snr, k, x), seen, feature)
         here = noised(root, noise_var)
         # the mean and the variance of x_T given x_k, in the coordinates of each component
         rotated = reference.rotate(x)
         gain = root * reference.std**2 / here.std**2
-        shift = reference.rotate(jnp.sqrt(noise_var) * (mean + gate * feature))
+        std = reference.std / here.std * jnp.sqrt(noise_var)
+        shift = std * reference.rotate(mean + gate * feature)
         denoised = reference.centre + gain * (rotated - here.centre) + shift
-        var = (reference.std / here.std) ** 2 * noise_var * jnp.exp(log_var)
+        var = std**2 * jnp.exp(log_var)
         weight = at(denoiser_weight, k, x)
         return Mixture(
             jax.nn.log_softmax(here.joint(x) + logits),
