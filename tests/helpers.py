@@ -44,12 +44,12 @@ def shaken(dim, num_steps=4, size=0.1, seed=0, reference=None):
     return dis(net, dim, num_steps, reference=reference), params + size * noise
 
 
-def three_components():
+def three_components(widen=1.0):
     """A mixture of three correlated normal distributions on the plane, and a component that is not there."""
     angle = jnp.array([0.3, 1.2, -0.5, 0.0])
     turn = jnp.stack([jnp.cos(angle), -jnp.sin(angle), jnp.sin(angle), jnp.cos(angle)], -1).reshape(4, 2, 2)
     centre = jnp.array([[0.0, 0.0], [1.5, -1.0], [-2.0, 0.5], [9.0, 9.0]])
-    std = jnp.array([[0.3, 0.7], [0.2, 0.2], [0.8, 0.1], [1.0, 1.0]])
+    std = widen * jnp.array([[0.3, 0.7], [0.2, 0.2], [0.8, 0.1], [1.0, 1.0]])
     return Mixture(jnp.log(jnp.array([0.5, 0.2, 0.3, 0.0])), turn, centre, std)
 
 
