@@ -49,7 +49,7 @@ class DiffusionState(NamedTuple):
     stale: Int[Array, ""]
 
 
-_MIN_STEPS = 100
+_MIN_STEPS = 50
 _WINDOW = 50  # of the moving average of the variance
 _EXTRA_RATE = 0.1  # step size of what a divergence learns
 _LESS = 0.95  # a variance below this share of the best is falling
