@@ -3,6 +3,7 @@
 
 python -m benchmarks posteriors [--only NAME;...] [--samplers nuts;smc;dis;sbtm] [--seeds 3] [--output FILE]
 python -m benchmarks diffusions [--only NAME;...] [--samplers default] [--seeds 3] [--output FILE]
+python -m benchmarks sbtm [--only NAME;...] [--samplers sbtm;langevin] [--seeds 5] [--output FILE]
 python -m benchmarks steps [--only "256 x 64"] [--output FILE]
 """
 
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import diffusions, posteriors, steps
+from benchmarks import diffusions, posteriors, steps, transport
 
-SUITES = {"diffusions": diffusions, "posteriors": posteriors, "steps": steps}
+SUITES = {"diffusions": diffusions, "posteriors": posteriors, "sbtm": transport, "steps": steps}
 
 
 def provenance():

@@ -13,6 +13,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.chain import Precondition, WarmStart
 from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.anneal import Annealing, dilation, geometric, tempering
 from numpyro_sbtm.core.controlled import bridge, cmcd, dds, dis_control, pair, pis, rescaled
 from numpyro_sbtm.core.diffusion import diffusion
 from numpyro_sbtm.core.divergence import (
@@ -28,7 +29,7 @@ from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.networks import denoiser, score_mlp
 
-__all__ = ["DIVERGENCES", "PROCESSES", "DiffusionKernel", "LogVarianceDISKernel", "SBTMKernel"]
+__all__ = ["ANNEALINGS", "DIVERGENCES", "PROCESSES", "DiffusionKernel", "LogVarianceDISKernel", "SBTMKernel"]
 
 PROCESSES: dict[str, Callable[..., Process]] = {
     "dis": dis,
@@ -51,6 +52,14 @@ DIVERGENCES: dict[str, Callable[[], Divergence]] = {
     "trajectory-balance": trajectory_balance,
 }
 """Divergences by name."""
+
+ANNEALINGS: dict[str, Callable[[], Annealing]] = {
+    "adaptive": partial(geometric, conditional_ess=0.95),
+    "dilation": dilation,
+    "geometric": geometric,
+    "tempering": tempering,
+}
+"""Annealing of transport by name."""
 
 _MAX_FLOW_DIM = 32  # a draw of a flow costs as many Jacobian-vector products as there are dimensions
 
@@ -316,6 +325,9 @@ class SBTMKernel(LearnedKernel):
             normal distribution and not near exact.
         noisy: whether proposals follow the maps with noise, with exact path weights, instead of the flow with
             its determinants, whose cost grows with the cube of the dimension. None: above 32 dimensions.
+        annealing: densities that particles follow on their way from the warm start to the posterior:
+            'geometric' (linear levels), 'adaptive' (geometric, with levels that keep a conditional effective
+            sample fraction of 0.95), 'dilation', 'tempering', or None for the posterior itself. For flows.
 {_COMMON.strip(chr(10))}
 
     Raises:
@@ -351,6 +363,7 @@ class SBTMKernel(LearnedKernel):
         depth: int = 2,
         scale: float = 1.2,
         noisy: bool | None = None,
+        annealing: str | None = None,
         target_acceptance: float | None = None,
         precondition: Precondition | AutoGuide = "auto",
         correction: str | None = "metropolis",
@@ -384,6 +397,13 @@ class SBTMKernel(LearnedKernel):
             duration=duration,
             num_maps=num_maps,
         )
+        if annealing is not None and annealing not in ANNEALINGS:
+            raise ValueError(
+                f"`annealing` must be one of {', '.join(map(repr, ANNEALINGS))}, or None, got {annealing!r}."
+            )
+        if annealing is not None and noisy:
+            raise ValueError("`annealing` asks for a flow, but `noisy` is True. Pass one of them.")
+        self._annealing = annealing
         self._num_maps = num_maps
         self._num_particles, self._num_updates = num_particles, num_updates
         self._batch_size = min(batch_size, num_particles)
@@ -409,6 +429,7 @@ class SBTMKernel(LearnedKernel):
             noisy=target.dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy,
             goal=self._goal,
             smc_particles=self._smc_particles,
+            annealing=None if self._annealing is None else ANNEALINGS[self._annealing](),
             num_particles=self._num_particles,
             num_updates=self._num_updates,
             batch_size=self._batch_size,

@@ -16,6 +16,7 @@ from numpyro_sbtm.core.target import Key, Modes, Target
 __all__ = [
     "as_model",
     "brownian",
+    "circle",
     "double_wells",
     "forty_modes",
     "funnel",
@@ -26,7 +27,9 @@ __all__ = [
     "nine_modes",
     "rings",
     "seeds",
+    "sixteen_modes",
     "student_t_mixture",
+    "unequal_pair",
 ]
 
 
@@ -115,16 +118,20 @@ def gaussian_mixture(
     return Target(logdensity, dim, 0.0, sample)
 
 
-def _round_mixture(means: Float[np.ndarray, "k d"], std: float) -> Target:
-    """Make a mixture of equally likely, equally wide, round normal distributions, with its modes."""
+def _round_mixture(
+    means: Float[np.ndarray, "k d"], std: float, weights: Float[np.ndarray, " k"] | None = None
+) -> Target:
+    """Make a mixture of equally wide, round normal distributions, with its modes."""
     count, dim = means.shape
     scale_trils = np.broadcast_to(std * np.eye(dim), (count, dim, dim))
+    masses = np.full(count, 1 / count) if weights is None else weights
 
     def membership(x: Float[Array, " d"]) -> Float[Array, " k"]:
-        return jax.nn.softmax(-0.5 * jnp.sum((x - jnp.asarray(means, x.dtype)) ** 2, -1) / std**2)
+        squares = jnp.sum((x - jnp.asarray(means, x.dtype)) ** 2, -1)
+        return jax.nn.softmax(jnp.asarray(np.log(masses), x.dtype) - 0.5 * squares / std**2)
 
-    return gaussian_mixture(np.ones(count), means, scale_trils)._replace(
-        modes=Modes(membership, np.full(count, 1 / count)),
+    return gaussian_mixture(masses, means, scale_trils)._replace(
+        modes=Modes(membership, masses),
         spread=float(np.sqrt(np.mean(means**2) + std**2)),
     )
 
@@ -161,6 +168,68 @@ def forty_modes(dim: int = 2) -> Target:
         (40,)
     """
     return _round_mixture(np.random.default_rng(40).uniform(-40.0, 40.0, (40, dim)), 1.0)
+
+
+def unequal_pair(distance: float = 4.0) -> Target:
+    """Make the mixture .25 N(-a, 1) + .75 N(a, 1) on the line; log Z = 0.
+
+    Args:
+        distance: a.
+
+    Reference:
+        Mixtures of section 4 in Ilin, Sushko & Hu (2025), arXiv:2504.18130: near for a = 2, far for a = 4.
+
+    Examples:
+        >>> from numpyro_sbtm.targets import unequal_pair
+        >>> unequal_pair().modes.masses.tolist()
+        [0.25, 0.75]
+    """
+    return _round_mixture(np.array([[-distance], [distance]]), 1.0, np.array([0.25, 0.75]))
+
+
+def sixteen_modes(spacing: float = 4.0) -> Target:
+    """Make the mixture of sixteen standard normal densities on a grid around the origin; log Z = 0.
+
+    Args:
+        spacing: distance between neighbouring means.
+
+    Reference:
+        Ilin, Sushko & Hu (2025), arXiv:2504.18130, section 4, for spacings 4 and 10.
+
+    Examples:
+        >>> from numpyro_sbtm.targets import sixteen_modes
+        >>> sixteen_modes(10.0).modes.masses.shape
+        (16,)
+    """
+    axis = spacing * np.array([-1.5, -0.5, 0.5, 1.5])
+    return _round_mixture(np.stack(np.meshgrid(axis, axis), -1).reshape(16, 2), 1.0)
+
+
+def circle() -> Target:
+    """Make a circle of radius 1 around (4, 0): ``-(|x - c| - 1)² / (2 · 0.2)``.
+
+    Reference:
+        Ilin, Sushko & Hu (2025), arXiv:2504.18130, section 4.
+
+    Examples:
+        >>> from numpyro_sbtm.targets import circle
+        >>> round(circle().log_z, 4)
+        1.9541
+    """
+    centre = np.array([4.0, 0.0])
+    radius = _Tabulated(lambda r: np.log(np.maximum(r, 1e-300)) - (r - 1.0) ** 2 / 0.4, 0.0, 5.0)
+
+    def logdensity(x: Float[Array, " d"]) -> Float[Array, ""]:
+        r = jnp.sqrt(jnp.sum((x - jnp.asarray(centre, x.dtype)) ** 2) + 1e-12)
+        return -((r - 1.0) ** 2) / 0.4
+
+    def sample(key: Key, n: int) -> Float[Array, "n d"]:
+        key_radius, key_angle = jax.random.split(key)
+        angle = jax.random.uniform(key_angle, (n,), maxval=2 * jnp.pi)
+        around = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+        return jnp.asarray(centre) + radius.sample(key_radius, (n, 1)) * around
+
+    return Target(logdensity, 2, radius.log_mass + float(np.log(2 * np.pi)), sample, None, 5.0)
 
 
 def student_t_mixture(dim: int = 2, num_modes: int = 10, df: float = 2.0) -> Target:

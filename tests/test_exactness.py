@@ -21,6 +21,9 @@ KERNELS = {
     ),
 }
 KERNELS["noisy sbtm"] = partial(KERNELS["sbtm"], noisy=True)
+KERNELS["annealed sbtm"] = partial(KERNELS["sbtm"], annealing="adaptive")
+# annealed particles must arrive: E[1/w] is no test where hardly a draw of the target is proposed
+WARMUP = {"annealed sbtm": 20}
 TARGETS = {"correlated": correlated, "two_modes": two_modes}
 
 
@@ -37,7 +40,9 @@ def largest_z_score(x, target):
 def run(kernel, target, correction, local=None, num_samples=5000):
     make = KERNELS[kernel]
     sampler = make(lambda x: -target.logdensity_fn(x), correction=correction, scale=2.0, local_kernel=local)
-    return run_chains(sampler, warmup=5, samples=num_samples, init_params=jnp.zeros((4, 2)))
+    return run_chains(
+        sampler, warmup=WARMUP.get(kernel, 5), samples=num_samples, init_params=jnp.zeros((4, 2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,7 @@ def run(kernel, target, correction, local=None, num_samples=5000):
         ("sbtm", "correlated", "mala"),
         ("sbtm", "two_modes", None),
         pytest.param("noisy sbtm", "two_modes", "hmc", marks=pytest.mark.slow),
+        pytest.param("annealed sbtm", "two_modes", None, marks=pytest.mark.slow),
         pytest.param("sbtm", "two_modes", "hmc", marks=pytest.mark.slow),
     ],
 )

@@ -22,6 +22,9 @@ SAMPLED = {
     "shifted wells": lambda: targets.double_wells(4, 2, 2.0, shift=1.5),
     "many well": lambda: targets.many_well(6),
     "rings": targets.rings,
+    "unequal pair": targets.unequal_pair,
+    "sixteen modes": targets.sixteen_modes,
+    "circle": targets.circle,
 }
 
 
@@ -36,7 +39,7 @@ def test_draws_follow_the_density(name):
         assert jnp.all(jnp.abs(jnp.mean(zero, 0)) < 4.5 * error), name
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLED if name != "funnel"])
+@pytest.mark.parametrize("name", [name for name in SAMPLED if name not in ("funnel", "circle")])
 def test_modes_have_their_masses(name):
     target = SAMPLED[name]()
     x = target.sample(jax.random.key(1), NUM_DRAWS)

@@ -16,26 +16,29 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
+from numpyro_sbtm.core.anneal import Annealing, next_level
+from numpyro_sbtm.core.dissipation import Dissipation, dissipation
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push, velocity
 from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.process import Net
-from numpyro_sbtm.core.score import implicit_score_loss
+from numpyro_sbtm.core.quasi import quasi_normal
+from numpyro_sbtm.core.score import divergence_of, implicit_score_losses
 from numpyro_sbtm.core.smc import independent_ensemble, path_draws
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
-from numpyro_sbtm.core.transition import Transition, standard_normal
+from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
 
 __all__ = ["SBTMState", "sbtm"]
 
 _INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
-_NUM_PROBES = 1024
 _PATIENCE = 15  # maps without a lower divergence after which no more are made
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.5)  # among which the variance of the weights decides
 _FIRST_NOISE = 0.1  # while the maps are made
 _NUM_JUDGED = 256  # paths that judge each of them
+_CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
 _PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
 
 
@@ -44,22 +47,28 @@ class SBTMState(NamedTuple):
 
     Attributes:
         step: steps done, shape ``[]``.
+        level: of the annealed target, 1 for the target itself, shape ``[]``.
         particles: the training particles, shape ``[n, d]``.
-        scores: the target's score at the particles, zero where it is not finite, shape ``[n, d]``.
+        scores: the annealed target's score at the particles, zero where it is not finite, shape ``[n, d]``.
         opt_state: state of the network's optimiser.
         current: the map being learned, with step size zero, without the leading axis.
         maps: the maps made so far.
         probes: points for no training, carried along, shape ``[m, d]``.
-        probe_scores: the target's score at the probes, shape ``[m, d]``.
+        probe_scores: the annealed target's score at the probes, shape ``[m, d]``.
+        target_scores: the target's own, shape ``[m, d]``.
+        log_target: the target's log density there, shape ``[m]``.
         probe_log_q: log density of the law they come from, shape ``[m]``; of noisy paths, forward over
             backward density.
         divergence: KL(q | π) + log Z after every map, from the probes; its first entry is before any,
             shape ``[K+1]``.
+        dissipation: of every map, from the probes before it; NaN for those not made, each of shape ``[K]``.
+        levels: of every map, shape ``[K]``.
         variance: of the probes' log weights after the last map, shape ``[]``.
         noise: b of noisy draws, shape ``[]``; zero for the flow.
     """
 
     step: Int[Array, ""]
+    level: Float[Array, ""]
     particles: Float[Array, "n d"]
     scores: Float[Array, "n d"]
     opt_state: optax.OptState
@@ -67,8 +76,12 @@ class SBTMState(NamedTuple):
     maps: Maps
     probes: Float[Array, "m d"]
     probe_scores: Float[Array, "m d"]
+    target_scores: Float[Array, "m d"]
+    log_target: Float[Array, " m"]
     probe_log_q: Float[Array, " m"]
     divergence: Float[Array, " K1"]
+    dissipation: Dissipation
+    levels: Float[Array, " K"]
     variance: Float[Array, ""]
     noise: Float[Array, ""]
 
@@ -105,6 +118,11 @@ def sbtm(
     noisy: bool = False,
     goal: float = 0.0,
     smc_particles: int = 0,
+    annealing: Annealing | None = None,
+    max_rounds: int = 1,
+    num_probes: int = 1024,
+    first_updates: int = 0,
+    quasi: bool = False,
 ) -> Algorithm:
     """Make the algorithm of score-based transport modelling.
 
@@ -132,13 +150,23 @@ def sbtm(
             `log_variance_at`).
         smc_particles: draws behind each proposal of the ensemble (see `independent_ensemble`, and for noisy
             draws `path_ensemble`); none below two.
+        annealing: densities that the particles follow on their way to the target; None for the target itself.
+            Weights and divergences are always those of the target.
+        max_rounds: rounds of ``num_updates`` per step at most; more than one end once the score matching loss
+            of points that are not trained on stops falling, the best parameters are kept, and a map that does
+            not fit those points clearly better than its affine part goes without its network.
+        num_probes: how many such points, m.
+        first_updates: updates of the network before the first map, whose velocity is known: the first law's
+            score is.
+        quasi: whether particles and held-out points start with low discrepancy instead of independently; the
+            base must be a `Gaussian`. Errors of means over them are then smaller than their standard errors.
 
     Returns:
         The algorithm. A map costs n gradients; a draw costs one and K (d + 1) evaluations of the network, or
         with noise K + 1 and 2 K.
 
     Raises:
-        ValueError: for sizes out of range.
+        ValueError: for sizes out of range, and for what does not go together.
 
     Reference:
         Ilin, Sushko & Hu (2025), arXiv:2504.18130, algorithm 1; Huang & Wang (2024),
@@ -162,22 +190,48 @@ def sbtm(
         )
     if not 0 < max_stretch < 1:
         raise ValueError(f"`max_stretch` must lie between 0 and 1, got {max_stretch}.")
-    if min(num_maps, steps_per_map, num_updates, batch_size) < 1:
+    if min(num_maps, steps_per_map, num_updates, batch_size, max_rounds, num_probes) < 1:
         raise ValueError(
-            "`num_maps`, `steps_per_map`, `num_updates` and `batch_size` must be at least 1, got "
-            f"{num_maps}, {steps_per_map}, {num_updates} and {batch_size}."
+            "`num_maps`, `steps_per_map`, `num_updates`, `batch_size`, `max_rounds` and `num_probes` must be "
+            f"at least 1, got {num_maps}, {steps_per_map}, {num_updates}, {batch_size}, {max_rounds} and "
+            f"{num_probes}."
+        )
+    if noisy and annealing is not None:
+        raise ValueError(
+            "`annealing` asks for a flow: noisy draws move by the target's own score. Pass `noisy=False`."
         )
     base = standard_normal(dim) if base is None else base
+    if quasi and not isinstance(base, Gaussian):
+        raise ValueError(
+            f"`quasi` needs a `base` that is a `Gaussian`, got {type(base).__name__}. Pass `quasi=False`."
+        )
 
     process = noisy_transport(net, num_maps, base)
 
     def look(
-        particles: Float[Array, "n d"], probes: Float[Array, "m d"]
-    ) -> tuple[Float[Array, "n d"], Float[Array, "m d"], Float[Array, " m"]]:
-        """Evaluate the scores at particles and probes, and the density at the probes, in one batch."""
-        values, scores = jax.vmap(lambda y: value_and_score(target, y))(jnp.concatenate([particles, probes]))
-        n = len(particles)
-        return bounded(scores[:n]), scores[n:], values[n:]
+        level: Float[Array, ""], particles: Float[Array, "n d"], probes: Float[Array, "m d"]
+    ) -> tuple[Float[Array, "n d"], Float[Array, "m d"], Float[Array, "m d"], Float[Array, " m"]]:
+        """Evaluate scores at particles and probes, and the target itself at the probes, in one batch."""
+        n, points = len(particles), jnp.concatenate([particles, probes])
+        if annealing is None:
+            values, scores = jax.vmap(lambda y: value_and_score(target, y))(points)
+            return bounded(scores[:n]), scores[n:], scores[n:], values[n:]
+        annealed = annealing.at(target, base, level)
+        (values, scores), (_, between) = jax.vmap(
+            lambda y: (value_and_score(target, y), value_and_score(annealed, y))
+        )(points)
+        return bounded(between[:n]), between[n:], scores[n:], values[n:]
+
+    def level_after(state: SBTMState) -> Float[Array, ""]:
+        """Choose the level that particles follow next."""
+        if annealing is None:
+            return state.level
+        if annealing.conditional_ess is None:
+            return annealing.level((state.step // steps_per_map + 1) / num_maps).astype(state.level.dtype)
+        log_base = jax.vmap(base.log_prob)(state.probes)
+        log_ratio = state.log_target - log_base
+        log_weight = log_base + state.level * log_ratio - state.probe_log_q
+        return next_level(state.level, log_weight, log_ratio, annealing.conditional_ess)
 
     def judge(
         log_q: Float[Array, " m"], log_target: Float[Array, " m"]
@@ -196,92 +250,163 @@ def sbtm(
     def init(key: Key) -> SBTMState:
         key_net, key_particles, key_probes = jax.random.split(key, 3)
         params = net.init(key_net, dim)
-        particles = jax.vmap(base.sample)(jax.random.split(key_particles, num_particles))
-        probes = jax.vmap(base.sample)(jax.random.split(key_probes, _NUM_PROBES))
+        if quasi:
+            assert isinstance(base, Gaussian)
+            particles = base.mean + base.std * quasi_normal(num_particles, dim)
+            probes = base.mean + base.std * quasi_normal(num_probes, dim, key_probes)
+        else:
+            particles = jax.vmap(base.sample)(jax.random.split(key_particles, num_particles))
+            probes = jax.vmap(base.sample)(jax.random.split(key_probes, num_probes))
         log_q = jax.vmap(base.log_prob)(probes)
-        scores, probe_scores, log_target = look(particles, probes)
+        level = jnp.ones((), log_q.dtype)
+        if annealing is not None:
+            level = annealing.level(jnp.zeros((), log_q.dtype))
+        scores, probe_scores, target_scores, log_target = look(level, particles, probes)
         current = _affine_part(particles, scores, params)
         maps = jax.tree.map(lambda leaf: jnp.zeros((num_maps, *leaf.shape), leaf.dtype), current)
-        zero = jnp.zeros((), jnp.int32)
         divergence, variance = judge(log_q, log_target)
+        unknown = jnp.full(num_maps, jnp.nan, log_q.dtype)
         return SBTMState(
-            zero,
-            particles,
-            scores,
-            optimiser.init(params),
-            current,
-            maps,
-            probes,
-            probe_scores,
-            log_q,
-            jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(divergence),
-            variance,
-            jnp.asarray(_FIRST_NOISE if noisy else 0.0, log_q.dtype),
+            step=jnp.zeros((), jnp.int32),
+            level=level,
+            particles=particles,
+            scores=scores,
+            opt_state=optimiser.init(params),
+            current=current,
+            maps=maps,
+            probes=probes,
+            probe_scores=probe_scores,
+            target_scores=target_scores,
+            log_target=log_target,
+            probe_log_q=log_q,
+            divergence=jnp.full(num_maps + 1, jnp.inf, log_q.dtype).at[0].set(divergence),
+            dissipation=Dissipation(unknown, unknown, unknown),
+            levels=unknown,
+            variance=variance,
+            noise=jnp.asarray(_FIRST_NOISE if noisy else 0.0, log_q.dtype),
         )
+
+    def losses(
+        params: Params, state: SBTMState, points: Float[Array, "b d"], scores: Float[Array, "b d"], key: Key
+    ) -> Float[Array, " b"]:
+        one = state.current._replace(params=params)
+        return implicit_score_losses(lambda y: velocity(net, one, y), points, scores, key)
+
+    def held_out(params: Params, state: SBTMState) -> Float[Array, " m"]:
+        # one key for all that is compared
+        return losses(params, state, state.probes, bounded(state.probe_scores), jax.random.key(0))
+
+    def first_fit(key: Key, state: SBTMState) -> tuple[Params, optax.OptState]:
+        """Fit the first velocity, which is known at the particles, by least squares."""
+        known = state.scores - jax.vmap(jax.grad(base.log_prob))(state.particles)
+
+        def update(carry, key_k):  # type: ignore[no-untyped-def]
+            batch = jax.random.randint(key_k, (batch_size,), 0, num_particles)
+
+            def loss(params: Params) -> Float[Array, ""]:
+                one = state.current._replace(params=params)
+                v = jax.vmap(lambda y: velocity(net, one, y))(state.particles[batch])
+                return jnp.mean(jnp.sum((v - known[batch]) ** 2, -1))
+
+            return guarded_update(optimiser, jax.grad(loss)(carry[0]), carry[1], carry[0])[:2], None
+
+        carry = state.current.params, state.opt_state
+        return jax.lax.scan(update, carry, jax.random.split(key, first_updates))[0]
 
     def train(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:
         def update(carry, key_k):  # type: ignore[no-untyped-def]
             params, opt_state = carry
             key_batch, key_probe = jax.random.split(key_k)
             batch = jax.random.randint(key_batch, (batch_size,), 0, num_particles)
-
-            def loss_fn(params: Params) -> Float[Array, ""]:
-                one = state.current._replace(params=params)
-                return implicit_score_loss(
-                    lambda y: velocity(net, one, y),
-                    state.particles[batch],
-                    state.scores[batch],
-                    key_probe,
-                )
-
-            loss, gradient = jax.value_and_grad(loss_fn)(params)
+            loss, gradient = jax.value_and_grad(lambda *args: jnp.mean(losses(*args)))(
+                params, state, state.particles[batch], state.scores[batch], key_probe
+            )
             params, opt_state, skipped = guarded_update(optimiser, gradient, opt_state, params)
             return (params, opt_state), (loss, skipped)
 
-        (params, opt_state), (losses, skips) = jax.lax.scan(
-            update, (state.current.params, state.opt_state), jax.random.split(key, num_updates)
-        )
+        def one_round(carry, key: Key):  # type: ignore[no-untyped-def]
+            carry, (values, skips) = jax.lax.scan(update, carry, jax.random.split(key, num_updates))
+            return carry, jnp.mean(values), jnp.sum(skips, dtype=jnp.int32)
+
+        carry = state.current.params, state.opt_state
+        if first_updates:
+            carry = jax.lax.cond(state.step == 0, lambda: first_fit(key, state), lambda: carry)
+        if max_rounds == 1:
+            (params, opt_state), loss, skipped = one_round(carry, key)
+        else:
+
+            def advance(inner):  # type: ignore[no-untyped-def]
+                k, carry, params, least, _, skipped, _ = inner
+                carry, loss, skips = one_round(carry, jax.random.fold_in(key, k))
+                now = jnp.mean(held_out(carry[0], state))
+                better = now < least
+                params = jax.tree.map(lambda new, old: jnp.where(better, new, old), carry[0], params)
+                return k + 1, carry, params, jnp.where(better, now, least), loss, skipped + skips, better
+
+            first = jnp.mean(held_out(carry[0], state))
+            zero = jnp.zeros((), jnp.int32)
+            inner = zero, carry, carry[0], first, jnp.zeros_like(first), zero, jnp.ones((), bool)
+            _, (_, opt_state), params, _, loss, skipped, _ = jax.lax.while_loop(
+                lambda inner: inner[-1] & (inner[0] < max_rounds), advance, inner
+            )
         zero, unfinished = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-        info = Info(jnp.mean(losses), jnp.sum(skips, dtype=jnp.int32), zero, unfinished)
+        info = Info(loss, skipped, zero, unfinished)
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
 
     def move(key: Key, state: SBTMState) -> SBTMState:
-        def field(x: Float[Array, " d"]) -> Float[Array, " d"]:
-            return velocity(net, state.current, x)
+        used = state.current
+        if max_rounds > 1:
+            blank = jax.tree.map(jnp.zeros_like, used.params)
+            gain = held_out(blank, state) - held_out(used.params, state)
+            needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / num_probes**0.5
+            params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, used.params)
+            used = used._replace(params=params)
 
-        probed = state.particles[:_PROBED]
+        def field(x: Float[Array, " d"]) -> Float[Array, " d"]:
+            return velocity(net, used, x)
+
+        probed = state.particles[:: max(1, num_particles // _PROBED)][:_PROBED]
         lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(field)(x)))(probed))
         longest = duration / num_maps
         step_size = jnp.minimum(longest, max_stretch / jnp.maximum(lipschitz, max_stretch / longest))
-        made = state.current._replace(step_size=step_size.astype(state.current.mean.dtype))
+        made = used._replace(step_size=step_size.astype(used.mean.dtype))
         k = state.step // steps_per_map
         maps = jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made)
         particles = state.particles + step_size * jax.vmap(field)(state.particles)
+        level = level_after(state)
         if noisy:
             params = maps, state.noise
             walk = lambda key, x, g: process.forward(params, k, x, g).sample(key)  # noqa: E731
-            keys = jax.random.split(key, _NUM_PROBES)
+            keys = jax.random.split(key, num_probes)
             probes = jax.vmap(walk)(keys, state.probes, state.probe_scores)
-            scores, probe_scores, log_target = look(particles, probes)
+            scores, probe_scores, target_scores, log_target = look(level, particles, probes)
             log_forward, log_backward = jax.vmap(lambda *ends: log_kernels(process, params, k, *ends))(
                 state.probes, probes, state.probe_scores, probe_scores
             )
             log_q = state.probe_log_q + log_forward - log_backward
+            slopes = jax.vmap(lambda x, key: divergence_of(field, x, key))(state.probes, keys)
         else:
             probes, change, _ = jax.vmap(lambda x: euler_map(field, step_size, x))(state.probes)
-            scores, probe_scores, log_target = look(particles, probes)
+            scores, probe_scores, target_scores, log_target = look(level, particles, probes)
             log_q = state.probe_log_q - change
+            slopes = jax.vmap(lambda x: divergence_of(field, x, None))(state.probes)  # has these Jacobians
+        now = dissipation(jax.vmap(field)(state.probes), slopes, state.target_scores)
         current = _affine_part(particles, scores, state.current.params)
         divergence, variance = judge(log_q, log_target)
         moved = state._replace(
+            level=level,
             particles=particles,
             scores=scores,
             current=current,
             maps=maps,
             probes=probes,
             probe_scores=probe_scores,
+            target_scores=target_scores,
+            log_target=log_target,
             probe_log_q=log_q,
             divergence=state.divergence.at[k + 1].set(divergence),
+            dissipation=jax.tree.map(lambda all_k, one: all_k.at[k].set(one), state.dissipation, now),
+            levels=state.levels.at[k].set(state.level),
             variance=variance,
         )
         good = jnp.all(
@@ -292,6 +417,7 @@ def sbtm(
     def complete(state: SBTMState) -> Bool[Array, ""]:
         """Say whether another step would gain nothing."""
         stale = state.step // steps_per_map - jnp.argmin(state.divergence) > _PATIENCE
+        stale &= state.level >= 1.0
         reached = (state.step >= steps_per_map) & (state.variance < goal)
         return reached | stale | (state.step >= num_maps * steps_per_map)
 
@@ -314,7 +440,7 @@ def sbtm(
             state, info = train(key_train, state)
             due = (state.step + 1) % steps_per_map == 0
             state = jax.lax.cond(due, lambda state: move(key_move, state), lambda state: state, state)
-            gradients = jnp.where(due, num_particles + _NUM_PROBES, 0)
+            gradients = jnp.where(due, num_particles + num_probes, 0)
             return state._replace(step=state.step + 1), info._replace(gradients=gradients.astype(jnp.int32))
 
         def rest(state: SBTMState) -> tuple[SBTMState, Info]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import Key, VectorField
 
-__all__ = ["divergence_of", "implicit_score_loss"]
+__all__ = ["divergence_of", "implicit_score_loss", "implicit_score_losses"]
 
 _EXACT_UP_TO = 3  # dimension up to which d Jacobian-vector products are cheaper than a noisy one
 
@@ -70,10 +70,25 @@ def implicit_score_loss(
         >>> round(float(implicit_score_loss(lambda x: -x, x, -2 * x, jax.random.key(1))), 1)
         -2.0
     """
+    return jnp.mean(implicit_score_losses(velocity, particles, scores, key))
+
+
+def implicit_score_losses(
+    velocity: VectorField, particles: Float[Array, "n d"], scores: Float[Array, "n d"], key: Key
+) -> Float[Array, " n"]:
+    """Compute the terms of `implicit_score_loss`, one for each particle, shape ``[n]``.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.score import implicit_score_losses
+        >>> x = jnp.ones((2, 1))
+        >>> implicit_score_losses(lambda x: -x, x, -2 * x, jax.random.key(0)).tolist()
+        [-1.0, -1.0]
+    """
     if particles.shape[1] <= _EXACT_UP_TO:
         divergence = jax.vmap(lambda x: divergence_of(velocity, x, None))(particles)
     else:
         keys = jax.random.split(key, particles.shape[0])
         divergence = jax.vmap(lambda x, k: divergence_of(velocity, x, k))(particles, keys)
     v = jax.vmap(velocity)(particles)
-    return jnp.mean(jnp.sum(v * (v - 2.0 * scores), -1) - 2.0 * divergence)
+    return jnp.sum(v * (v - 2.0 * scores), -1) - 2.0 * divergence

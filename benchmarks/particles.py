@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Particle methods to compare with: Langevin, SVGD, and score-based transport as first published."""
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import optax
+
+from numpyro_sbtm.core.score import divergence_of
+from numpyro_sbtm.networks import score_mlp
+
+__all__ = ["langevin", "plain_transport", "svgd"]
+
+_FIRST_UPDATES = 2000  # of the fit to the first law's score
+_UPDATES, _BATCH = 10, 400
+_SVGD_RATE = 0.1
+
+
+def langevin(key, target, start, step_size, num_steps):
+    """Move particles by unadjusted Langevin steps."""
+    score = jax.vmap(jax.grad(target.logdensity_fn))
+
+    def step(x, key):
+        noise = jax.random.normal(key, x.shape)
+        return x + step_size * score(x) + jnp.sqrt(2 * step_size) * noise, None
+
+    return jax.lax.scan(step, start, jax.random.split(key, num_steps))[0]
+
+
+def svgd(key, target, start, step_size, num_steps):
+    """Move particles by Stein variational gradient descent, with AdaGrad and the median heuristic."""
+    del key, step_size
+    algorithm = blackjax.svgd(jax.grad(target.logdensity_fn), optax.adagrad(_SVGD_RATE))
+    state = algorithm.init(start)
+    return jax.lax.fori_loop(0, num_steps, lambda _, state: algorithm.step(state), state).particles
+
+
+def plain_transport(key, target, start, step_size, num_steps, std):
+    """Move particles by the published method: a network for the whole score, ten updates before every step.
+
+    The network is fitted to the score of the first law, N(0, std² I), and then by implicit score matching on
+    shuffled batches of the particles that move.
+    """
+    n, dim = start.shape
+    net = score_mlp(128, 2)
+    optimiser = optax.adamw(5e-4)
+    score = jax.vmap(jax.grad(target.logdensity_fn))
+    apply = lambda params, x: net.apply(params, x)  # noqa: E731
+    key_net, key_first, key_steps = jax.random.split(key, 3)
+
+    def updates(params, opt_state, key, num, loss):
+        def update(carry, key_k):
+            params, opt_state = carry
+            gradient = jax.grad(loss)(params, key_k)
+            change, opt_state = optimiser.update(gradient, opt_state, params)
+            return (optax.apply_updates(params, change), opt_state), None
+
+        return jax.lax.scan(update, (params, opt_state), jax.random.split(key, num))[0]
+
+    def explicit(params, key):
+        batch = start[jax.random.randint(key, (min(n, _BATCH),), 0, n)]
+        return jnp.mean(jnp.sum((jax.vmap(lambda x: apply(params, x))(batch) + batch / std**2) ** 2, -1))
+
+    def implicit(x):
+        def loss(params, key):
+            key_batch, key_probes = jax.random.split(key)
+            batch = x[jax.random.choice(key_batch, n, (min(n, _BATCH),), replace=False)]
+            s = jax.vmap(lambda y: apply(params, y))(batch)
+            keys = jax.random.split(key_probes, len(batch))
+            one = lambda y, k: divergence_of(lambda z: apply(params, z), y, k if dim > 3 else None)  # noqa: E731
+            return jnp.mean(jnp.sum(s * s, -1) + 2.0 * jax.vmap(one)(batch, keys))
+
+        return loss
+
+    def step(carry, key):
+        x, params, opt_state = carry
+        params, opt_state = updates(params, opt_state, key, _UPDATES, implicit(x))
+        return (x + step_size * (score(x) - jax.vmap(lambda y: apply(params, y))(x)), params, opt_state), None
+
+    params = net.init(key_net, dim)
+    params, opt_state = updates(params, optimiser.init(params), key_first, _FIRST_UPDATES, explicit)
+    return jax.lax.scan(step, (start, params, opt_state), jax.random.split(key_steps, num_steps))[0][0]

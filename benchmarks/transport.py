@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments of Ilin, Sushko & Hu (2025), arXiv:2504.18130, and others where a plain transport fails.
+
+Particles start from N(0, std² I) and move with no warm start. KL of the particles is that of two kernel
+density estimates in one dimension, as in the paper; where the target is normal there is also that of the
+normal distribution with the particles' moments. Masses, log Z and the divergence are those of fresh, weighted
+draws.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy.linalg import solve_banded
+from scipy.stats import gaussian_kde
+
+from benchmarks.particles import langevin, plain_transport, svgd
+from numpyro_sbtm import targets
+from numpyro_sbtm.core import sbtm
+from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
+from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.core.transition import standard_normal
+from numpyro_sbtm.core.weights import ess_fraction, log_evidence
+from numpyro_sbtm.networks import score_mlp
+
+__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
+
+NUM_EXACT = 10_000  # draws of the target for the metric of the paper
+NUM_FRESH = 16_384
+NUM_PROBES = 4096
+NUM_LOOKS = 5  # at the particles on their way
+NOTICEABLE = 0.01  # dissipation above which its error counts
+MAX_SVGD = 1000  # particles; its cost grows with their square
+
+
+class Problem(NamedTuple):
+    """A target, the first law's deviation, and the sizes of the transport."""
+
+    target: Target
+    std: float
+    duration: float
+    num_steps: int
+    num_particles: int
+    width: int = 32
+    rate: float = 1e-3
+    true_dissipation: Callable[[np.ndarray], np.ndarray] | None = None
+    covariance: np.ndarray | None = None
+
+
+_EARLY = float(np.sqrt(1.0 - np.exp(-0.2)))  # the Ornstein-Uhlenbeck process at time 0.1, from a point
+
+
+def _normal_dissipation(dim):
+    """The relative Fisher information of N(0, v I), v(t) = 1 - exp(-2 (t + 0.1)), and N(0, I)."""
+
+    def at(t):
+        v = 1.0 - np.exp(-2.0 * (t + 0.1))
+        return dim * (1.0 - v) ** 2 / v
+
+    return at
+
+
+def _normal(dim, num_particles, num_steps):
+    covariance = np.eye(dim)
+    target = targets.gaussian(np.zeros(dim), covariance)
+    return Problem(
+        target,
+        _EARLY,
+        2.5,
+        num_steps,
+        num_particles,
+        true_dissipation=_normal_dissipation(dim),
+        covariance=covariance,
+    )
+
+
+def _solved_dissipation(target, std):
+    """Dissipation of the Fokker-Planck equation on the line, by finite volumes and implicit steps."""
+    edges = np.linspace(-10.0, 10.0, 4001)
+    x, dx, dt = 0.5 * (edges[1:] + edges[:-1]), edges[1] - edges[0], 1e-3
+    with jax.enable_x64(True):
+        log_target = np.asarray(jax.vmap(target.logdensity_fn)(jnp.asarray(x)[:, None]))
+    q = np.exp(-0.5 * (x / std) ** 2) / np.sqrt(2 * np.pi) / std
+    # flux between cells: -√(π_i π_{i+1}) d/dx (q / π), which leaves π at rest
+    up = np.exp(0.5 * np.diff(log_target)) / dx**2
+    down = np.exp(-0.5 * np.diff(log_target)) / dx**2
+    bands = np.zeros((3, len(x)))
+    bands[1, :-1] += up
+    bands[1, 1:] += down
+    bands[0, 1:] = -down
+    bands[2, :-1] = -up
+    bands = dt * bands
+    bands[1] += 1.0
+    times, values = [], []
+    for k in range(2501):
+        log_ratio = np.log(np.maximum(q, 1e-300)) - log_target
+        middle = 0.5 * (q[1:] + q[:-1])
+        times.append(k * dt)
+        values.append(np.sum(middle * (np.diff(log_ratio) / dx) ** 2) * dx)
+        q = solve_banded((1, 1), bands, q)
+    return lambda t: np.interp(t, times, values, right=np.nan)
+
+
+def _pair(distance, num_particles=10_000):
+    target = targets.unequal_pair(distance)
+    return Problem(
+        target, 1.0, 10.0, 1000, num_particles, 64, true_dissipation=_solved_dissipation(target, 1.0)
+    )
+
+
+def _stiff():
+    covariance = np.diag([1.0, 0.5, 0.25, 0.1, 0.05])
+    target = targets.gaussian(np.zeros(5), covariance)
+    return Problem(target, 1.0, 1.5, 75, 500, covariance=covariance)
+
+
+def _sixteen(spacing, std, duration):
+    return Problem(targets.sixteen_modes(spacing), std, duration, 300, 20_000, 128)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = (
+    {f"normal, n = {n}": partial(_normal, 1, n, 1250) for n in (100, 300, 1000, 3000, 10_000)}
+    | {f"normal, d = {d}": partial(_normal, d, 4096, 1250) for d in (1, 3, 5, 10, 20)}
+    | {
+        "near mixture": partial(_pair, 2.0),
+        "far mixture": partial(_pair, 4.0),
+        "sixteen modes, spacing 4": lambda: Problem(targets.sixteen_modes(), 6.0, 6.0, 300, 20_000, 128),
+        "sixteen modes, spacing 10": lambda: Problem(
+            targets.sixteen_modes(10.0), 14.0, 10.0, 400, 20_000, 128
+        ),
+        "circle": lambda: Problem(targets.circle(), 3.0, 5.0, 250, 10_000, 128),
+        "stiff normal": _stiff,
+    }
+    | {f"cost, n = {n}": partial(_normal, 1, n, 100) for n in (1000, 10_000, 100_000)}
+)
+
+
+def _kernel_kl(x, exact):
+    """KL of two kernel density estimates by the trapezoid rule, as in the paper's code."""
+    grid = np.linspace(min(x.min(), exact.min()), max(x.max(), exact.max()), 1000)
+    p, q = (gaussian_kde(points)(grid) + 1e-10 for points in (x, exact))
+    return float(np.trapezoid(p * np.log(p / q), grid))
+
+
+def _moment_kl(x, covariance):
+    """KL of the normal distribution with the particles' moments from N(0, covariance)."""
+    solved = np.linalg.solve(covariance, np.cov(x.T).reshape(covariance.shape))
+    mean = x.mean(0)
+    away = mean @ np.linalg.solve(covariance, mean)
+    return float(0.5 * (np.trace(solved) - len(mean) - np.linalg.slogdet(solved)[1] + away))
+
+
+def _distances(problem, x, seed):
+    """Divergences of particles, by name."""
+    x, found = np.asarray(x, float), {}
+    if problem.target.dim == 1:
+        exact = problem.target.sample(jax.random.key(42 + seed), NUM_EXACT)
+        found["kernel_kl"] = _kernel_kl(x[:, 0], np.asarray(exact, float)[:, 0])
+    if problem.covariance is not None:
+        found["moment_kl"] = _moment_kl(x, problem.covariance)
+    return found
+
+
+def _transport(problem, seed, annealing: Annealing | None = None):
+    """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
+    schedule = optax.cosine_decay_schedule(10 * problem.rate, 10 * problem.num_steps, alpha=0.1)
+    algorithm = sbtm(
+        problem.target,
+        score_mlp(problem.width),
+        optax.adam(schedule),
+        num_particles=problem.num_particles,
+        num_maps=problem.num_steps,
+        num_updates=10,
+        batch_size=min(problem.num_particles, 512),
+        duration=problem.duration,
+        base=standard_normal(problem.target.dim, problem.std),
+        annealing=annealing,
+        max_rounds=8,
+        first_updates=1000,
+        num_probes=min(problem.num_particles, NUM_PROBES),
+        quasi=True,
+    )
+    keys = jax.random.split(jax.random.key(seed + 1), problem.num_steps)
+
+    def advance(state, keys):
+        return jax.lax.scan(lambda state, key: algorithm.step(key, state), state, keys)
+
+    state = jax.jit(algorithm.init)(jax.random.key(seed))
+    parts = jnp.split(keys, NUM_LOOKS)
+    start = time.perf_counter()
+    compiled = jax.jit(advance).lower(state, parts[0]).compile()
+    row: dict[str, Any] = {"compilation_s": time.perf_counter() - start}
+    seconds, gradients, looks = 0.0, 0, []
+    for part in parts:
+        start = time.perf_counter()
+        state, info = jax.block_until_ready(compiled(state, part))
+        seconds += time.perf_counter() - start
+        gradients += int(info.gradients.sum())
+        looks.append(_distances(problem, state.particles, seed))
+    row |= {
+        "seconds": seconds,
+        "gradients": gradients,
+        "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+        "maps": int(jnp.sum(state.maps.step_size > 0)),
+    }
+    for name, last in looks[-1].items():
+        row[f"{name}_rise"] = last - min(look[name] for look in looks)
+    if problem.true_dissipation is not None and annealing is None:
+        row["dissipation_error"] = _dissipation_error(problem, state)
+    row |= _weighed(problem, algorithm, state, seed)
+    return state.particles, row
+
+
+def _dissipation_error(problem, state):
+    """The largest relative error of the Fisher information where the true dissipation is noticeable."""
+    t = np.concatenate([[0.0], np.cumsum(np.asarray(state.maps.step_size))[:-1]])
+    true = problem.true_dissipation(t)
+    found = np.asarray(state.dissipation.fisher)
+    counts = (true > NOTICEABLE) & np.isfinite(found)
+    return float(np.max(np.abs(found[counts] / true[counts] - 1.0)))
+
+
+def _weighed(problem, algorithm, state, seed):
+    """What fresh draws of the flow say, none of which it was trained on."""
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(seed + 2), state, NUM_FRESH)
+    log_weight = jnp.where(jnp.isfinite(draws.log_weight), draws.log_weight, -jnp.inf)
+    found, error = log_evidence(log_weight)
+    row = {
+        "log_evidence_error": float(found) - problem.target.log_z,
+        "log_evidence_se": float(error),
+        "ess_fraction": float(ess_fraction(log_weight)),
+        "divergence": float(found - jnp.mean(draws.log_weight)),
+    }
+    weight = jax.nn.softmax(log_weight)
+    if problem.target.modes is not None:
+        membership, masses = problem.target.modes
+        found_masses = np.asarray(weight @ jax.vmap(membership)(draws.x))
+        row["mass_error"] = float(np.abs(found_masses - masses).max())
+    chosen = jax.random.choice(jax.random.key(seed + 3), NUM_FRESH, (NUM_EXACT,), p=weight)
+    again = _distances(problem, draws.x[chosen], seed)
+    return row | {f"weighted_{name}": value for name, value in again.items()}
+
+
+def _particles(move, problem, seed):
+    """Run a method without weights, from independent draws of the first law."""
+    key_start, key_run = jax.random.split(jax.random.key(seed))
+    start = problem.std * jax.random.normal(key_start, (problem.num_particles, problem.target.dim))
+    step_size = problem.duration / problem.num_steps
+    run = jax.jit(lambda key, start: move(key, problem.target, start, step_size, problem.num_steps))
+    compiled = run.lower(key_run, start).compile()
+    begin = time.perf_counter()
+    x = jax.block_until_ready(compiled(key_run, start))
+    row: dict[str, Any] = {
+        "seconds": time.perf_counter() - begin,
+        "gradients": problem.num_particles * problem.num_steps,
+    }
+    if problem.target.modes is not None:
+        membership, masses = problem.target.modes
+        row["mass_error"] = float(np.abs(np.asarray(jax.vmap(membership)(x)).mean(0) - masses).max())
+    return x, row
+
+
+def _exact(problem, seed):
+    """Independent draws of the target: the floor of the metric."""
+    return problem.target.sample(jax.random.key(seed), problem.num_particles), {
+        "seconds": 0.0,
+        "gradients": 0,
+    }
+
+
+SAMPLERS = {
+    "sbtm": _transport,
+    "sbtm, geometric": partial(_transport, annealing=geometric()),
+    "sbtm, adaptive": partial(_transport, annealing=geometric(conditional_ess=0.98)),
+    "sbtm, dilation": partial(_transport, annealing=dilation()),
+    "plain sbtm": lambda problem, seed: _particles(partial(plain_transport, std=problem.std), problem, seed),
+    "langevin": partial(_particles, langevin),
+    "svgd": partial(_particles, svgd),
+    "exact": _exact,
+}
+
+
+def measure(name, sampler, seed):
+    """Run one method on one problem; returns a row of plain values."""
+    problem = PROBLEMS[name]()
+    if sampler == "svgd" and problem.num_particles > MAX_SVGD:
+        problem = problem._replace(num_particles=MAX_SVGD)
+    x, row = SAMPLERS[sampler](problem, seed)
+    row |= {"problem": name, "sampler": sampler, "num_particles": problem.num_particles}
+    return row | _distances(problem, x, seed)
+
+
+COLUMNS = (
+    "experiment",
+    "sampler",
+    "seconds",
+    "gradients",
+    "kernel KL (its rise)",
+    "moment KL (its rise)",
+    "error of F",
+    "KL of draws",
+    "kernel KL, weighted",
+    "ESS fraction",
+    "log Z error",
+    "largest mass error",
+)
+
+
+def cells(row):
+    """Format a row for `COLUMNS`; a dash where there is no such number."""
+
+    def optional(text, key, otherwise="–"):
+        return text.format(**row) if key in row else otherwise
+
+    return [
+        row["problem"],
+        row["sampler"],
+        "{seconds:.1f}".format(**row),
+        "{gradients:,.0f}".format(**row),
+        optional("{kernel_kl:.5f}", "kernel_kl") + optional(" ({kernel_kl_rise:.5f})", "kernel_kl_rise", ""),
+        optional("{moment_kl:.5f}", "moment_kl") + optional(" ({moment_kl_rise:.5f})", "moment_kl_rise", ""),
+        optional("{dissipation_error:.1%}", "dissipation_error"),
+        optional("{divergence:.4f}", "divergence"),
+        optional("{weighted_kernel_kl:.5f}", "weighted_kernel_kl"),
+        optional("{ess_fraction:.3f}", "ess_fraction"),
+        optional("{log_evidence_error:+.4f} ± {log_evidence_se:.4f}", "log_evidence_error"),
+        optional("{mass_error:.4f}", "mass_error"),
+    ]

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transport on its way: annealed targets, held-out points, dissipation, and what it cannot see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_within, correlated, two_modes
+
+from numpyro_sbtm import SBTMKernel
+from numpyro_sbtm.core import sbtm
+from numpyro_sbtm.core.anneal import conditional_ess, dilation, geometric, next_level, tempering
+from numpyro_sbtm.core.dissipation import dissipation
+from numpyro_sbtm.core.mixture import normal
+from numpyro_sbtm.core.quasi import quasi_normal
+from numpyro_sbtm.core.transition import standard_normal
+from numpyro_sbtm.core.weights import log_evidence
+from numpyro_sbtm.networks import score_mlp
+from numpyro_sbtm.targets import gaussian, unequal_pair
+
+NET = score_mlp(width=16)
+PATHS = {
+    "geometric": geometric,
+    "adaptive": lambda: geometric(conditional_ess=0.8),
+    "dilation": dilation,
+    "tempering": tempering,
+}
+
+
+def trained(target, std, num_maps, duration, **options):
+    sizes = {"num_particles": 1024, "num_updates": 5, "batch_size": 256}
+    base = standard_normal(target.dim, std)
+    algorithm = sbtm(
+        target, NET, optax.adam(3e-3), num_maps=num_maps, duration=duration, base=base, **(sizes | options)
+    )
+    keys = jax.random.split(jax.random.key(1), num_maps)
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, key: algorithm.step(key, s), state, keys)[0])
+    return algorithm, run(algorithm.init(jax.random.key(0)))
+
+
+# ------------------------------------------------------------------ paths of densities
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_end_at_the_target(name):
+    path, base, x = PATHS[name](), standard_normal(2), jnp.array([0.3, -1.0])
+    last = path.at(two_modes(), base, jnp.ones(()))
+    np.testing.assert_allclose(last.logdensity_fn(x), two_modes().logdensity_fn(x), rtol=1e-5)
+    levels = [float(path.level(jnp.asarray(share))) for share in (0.0, 0.5, 0.8, 1.0)]
+    assert 0.0 <= levels[0] < levels[1] < levels[2] == levels[3] == 1.0
+
+
+def test_dilation_is_the_law_of_shrunk_draws():
+    """Stein's identity E[x score] = -1 under λ x, which a score without the factor 1/λ violates."""
+    x = 0.4 * two_modes().sample(jax.random.key(0), 20_000)
+    density = dilation().at(two_modes(), standard_normal(2), jnp.asarray(0.4))
+    zero = x * jax.vmap(jax.grad(density.logdensity_fn))(x) + 1.0
+    assert_within(jnp.mean(zero, 0), 0.0, jnp.std(zero, 0) / np.sqrt(len(x)))
+
+
+def test_next_level_keeps_the_conditional_effective_sample_fraction():
+    x = jax.random.normal(jax.random.key(0), (4000,))
+    weight, ratio = 0.3 * x, -4.0 * (x - 1.0) ** 2
+    level = next_level(jnp.asarray(0.2), weight, ratio, 0.9)
+    assert 0.2 < level < 1.0
+    np.testing.assert_allclose(conditional_ess(weight, (level - 0.2) * ratio), 0.9, atol=1e-3)
+    # points without a weight change nothing
+    np.testing.assert_allclose(
+        next_level(jnp.asarray(0.2), jnp.append(weight, -jnp.inf), jnp.append(ratio, jnp.nan), 0.9),
+        level,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_annealed_flows_have_unbiased_weights(name):
+    """Barely trained on the way: E[w] = Z for the target itself."""
+    target = two_modes()
+    algorithm, state = trained(target, 2.0, 20, 2.0, annealing=PATHS[name]())
+    levels = np.asarray(state.levels)
+    levels = levels[np.isfinite(levels)]
+    assert levels[0] < 0.3 and np.all(np.diff(levels) >= 0) and state.level == 1.0
+    assert int(jnp.argmin(state.divergence)) > 0
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    log_z, error = log_evidence(draws.log_weight)
+    assert 1e-3 < error < 0.1
+    assert_within(log_z, 0.0, error)
+
+
+# ------------------------------------------------------------------ held-out points
+@pytest.fixture(scope="module")
+def careful():
+    """Transport to two modes with everything that looks at held-out points; and its step."""
+    return trained(
+        two_modes(),
+        2.0,
+        100,
+        1.0,
+        max_rounds=4,
+        first_updates=500,
+        quasi=True,
+        num_particles=4096,
+        num_probes=4096,
+    )
+
+
+def test_dissipation_is_the_fall_of_the_divergence(careful):
+    """KL_0 - KL_K, from densities, is the sum of h D, from divergences of velocities."""
+    _, state = careful
+    steps, found = state.maps.step_size, state.dissipation
+    fall = -np.diff(np.asarray(state.divergence))
+    assert fall[:20].sum() > 0.3
+    for part in (slice(0, 20), slice(20, 60)):
+        np.testing.assert_allclose(jnp.sum((steps * found.dissipation)[part]), fall[part].sum(), rtol=0.08)
+
+
+def test_the_first_velocity_is_that_of_the_known_score():
+    near = unequal_pair(2.0)
+    _, state = trained(near, 1.0, 1, 0.01, max_rounds=4, first_updates=1000, quasi=True, num_probes=4096)
+    x = jax.random.normal(jax.random.key(3), (100_000, 1))
+    v = jax.vmap(lambda y: jax.grad(near.logdensity_fn)(y) + y)(x)
+    exact = jnp.mean(jnp.sum(v * v, -1))
+    np.testing.assert_allclose(state.dissipation.fisher[0], exact, rtol=0.03)
+    np.testing.assert_allclose(state.dissipation.dissipation[0], exact, rtol=0.03)
+
+
+def test_a_wrong_score_is_not_trusted():
+    x = jax.random.normal(jax.random.key(0), (4096, 2))
+    right, wrong = (dissipation(-a * x, jnp.full(4096, -2.0 * a), -2.0 * x) for a in (1.0, 0.5))
+    assert right.trusted() and not wrong.trusted()
+    assert wrong.dual < right.dual  # the bound is tight for the right one
+    broken = dissipation((-x).at[0].set(jnp.nan), jnp.full(4096, -2.0), -2.0 * x)
+    np.testing.assert_allclose(broken.dissipation, right.dissipation, rtol=0.01)
+
+
+def test_fisher_information_alone_does_not_see_wrong_masses():
+    """At rest in each of two far modes F is next to nothing, and the divergence is all there."""
+    algorithm, state = trained(
+        unequal_pair(), 1.0, 200, 5.0, max_rounds=4, first_updates=500, quasi=True, num_probes=2048
+    )
+    made = int(jnp.sum(state.maps.step_size > 0))
+    assert state.dissipation.fisher[made - 1] < 0.01
+    assert state.divergence[made] > 0.05
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 8000)
+    shares = jax.vmap(unequal_pair().modes.membership)(draws.x)
+    assert abs(jnp.mean(shares[:, 0]) - 0.25) > 0.1
+    # weights see it, and repair it
+    assert abs(jax.nn.softmax(draws.log_weight) @ shares[:, 0] - 0.25) < 0.02
+    assert abs(log_evidence(draws.log_weight)[0]) < 0.02
+
+
+def test_networks_that_do_not_help_on_held_out_points_are_left_out():
+    """Particles that stay normal need the affine part alone, and few of them would be overfitted."""
+    target = gaussian(np.zeros(1), np.eye(1))
+    options = {"num_particles": 100, "batch_size": 100, "num_probes": 100}
+    _, careful = trained(target, 0.4, 100, 2.0, max_rounds=4, **options)
+    _, careless = trained(target, 0.4, 100, 2.0, **options)
+    size = lambda state: float(jnp.mean(jnp.any(state.maps.params != 0.0, -1)))  # noqa: E731
+    assert size(careful) < 0.3 and size(careless) == 1.0
+    assert careful.divergence.min() < careless.divergence.min()
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_quasi_normal_points_have_the_moments_of_the_normal_distribution(dim):
+    for key in (None, jax.random.key(0), jax.random.key(1)):
+        x = quasi_normal(4096, dim, key)
+        assert x.shape == (4096, dim)
+        # a tenth of the error of independent points
+        assert float(jnp.abs(jnp.mean(x, 0)).max()) < 0.1 / 64 * 3
+        np.testing.assert_allclose(jnp.cov(x.T).reshape(dim, dim), np.eye(dim), atol=0.01)
+    assert not np.allclose(x, quasi_normal(4096, dim))
+
+
+def test_random_shifts_leave_means_unbiased():
+    means = jax.vmap(lambda key: jnp.mean(quasi_normal(8, 2, key) ** 2, 0))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    assert_within(jnp.mean(means, 0), 1.0, jnp.std(means, 0) / np.sqrt(4000))
+
+
+def test_clear_errors():
+    for path, argument in ((lambda: geometric(hold=1.0), "hold"), (lambda: dilation(first=0.0), "first")):
+        with pytest.raises(ValueError, match=f"`{argument}` must be"):
+            path()
+    with pytest.raises(ValueError, match="`conditional_ess` must lie between 0 and 1, got 2"):
+        geometric(conditional_ess=2.0)
+    with pytest.raises(ValueError, match=r"`annealing` asks for a flow.*noisy=False"):
+        sbtm(correlated(), NET, optax.sgd(1.0), noisy=True, annealing=geometric())
+    with pytest.raises(ValueError, match="`quasi` needs a `base` that is a `Gaussian`, got Mixture"):
+        sbtm(correlated(), NET, optax.sgd(1.0), base=normal(2), quasi=True)
+    with pytest.raises(ValueError, match=r"`annealing` must be one of 'adaptive', .*got 'linear'"):
+        SBTMKernel(lambda: None, annealing="linear")
+    with pytest.raises(ValueError, match="`annealing` asks for a flow, but `noisy` is True"):
+        SBTMKernel(lambda: None, annealing="geometric", noisy=True)
