@@ -9,7 +9,7 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["log_weights", "training_curve"]
+__all__ = ["log_weights", "training_curve", "transport"]
 
 
 def training_curve(ax: "Axes", loss: Float[np.ndarray, " n"], *, window: int = 20) -> None:
@@ -45,3 +45,30 @@ def log_weights(ax: "Axes", log_weight: Float[np.ndarray, " n"], log_evidence: f
         ax.axvline(log_evidence, color="k", lw=1, label="log evidence")
         ax.legend(frameon=False)
     ax.set(xlabel="log weight", yticks=[], title="Fresh proposals")
+
+
+def transport(
+    ax: "Axes",
+    step_size: Float[np.ndarray, " K"],
+    divergence: Float[np.ndarray, " K1"],
+    fisher: Float[np.ndarray, " K"],
+    dissipation: Float[np.ndarray, " K"],
+) -> None:
+    """Draw the divergence of transported points from the target over time, and how fast it falls.
+
+    Args:
+        ax: matplotlib axes.
+        step_size: of every map, zero for those not made, shape ``[K]``.
+        divergence: before any map and after each, shape ``[K+1]``; its least value is the zero of the plot.
+        fisher: mean squared velocity before each map, shape ``[K]``.
+        dissipation: its unbiased estimate of the fall of the divergence, shape ``[K]``.
+    """
+    made = int(np.sum(step_size > 0))
+    time = np.concatenate([[0.0], np.cumsum(step_size[:made])])
+    curve = divergence[: made + 1]
+    ax.plot(time, curve - curve[np.isfinite(curve)].min(), "k", label="divergence above its least")
+    ax.plot(time[:-1], fisher[:made], lw=1, label="mean squared velocity")
+    ax.plot(time[:-1], dissipation[:made], ":", lw=1.5, label="dissipation")
+    ax.set_yscale("symlog", linthresh=1e-2)
+    ax.legend(frameon=False)
+    ax.set(xlabel="time", title="Transport")
