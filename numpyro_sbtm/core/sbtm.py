@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, guarded_update
+from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info
 from numpyro_sbtm.core.anneal import Annealing, next_level
 from numpyro_sbtm.core.dissipation import Dissipation, dissipation
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push, velocity
+from numpyro_sbtm.core.learning import Cloud, affine_part, bounded, velocity_fit
 from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.quasi import quasi_normal
-from numpyro_sbtm.core.score import divergence_of, implicit_score_losses
+from numpyro_sbtm.core.score import divergence_of
 from numpyro_sbtm.core.smc import independent_ensemble, path_draws
-from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
+from numpyro_sbtm.core.target import Key, Target, value_and_score
 from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
 
@@ -33,12 +34,10 @@ __all__ = ["SBTMState", "sbtm"]
 
 _INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
 _PATIENCE = 15  # maps without a lower divergence after which no more are made
-_LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.5)  # among which the variance of the weights decides
 _FIRST_NOISE = 0.1  # while the maps are made
 _NUM_JUDGED = 256  # paths that judge each of them
-_CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
 _PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
 
 
@@ -84,22 +83,6 @@ class SBTMState(NamedTuple):
     levels: Float[Array, " K"]
     variance: Float[Array, ""]
     noise: Float[Array, ""]
-
-
-def _affine_part(particles: Float[Array, "n d"], scores: Float[Array, "n d"], params: Params) -> Maps:
-    """Solve implicit score matching for affine velocities, in closed form.
-
-    W = (I + E[g (x-μ)ᵀ]) C⁻¹ and b = E[g]: the best affine fit of the target's score g, less the score
-    of the normal distribution with the particles' mean and covariance C. It does not lag.
-    """
-    n, dim = particles.shape
-    mean = jnp.mean(particles, 0)
-    centred = particles - mean
-    cov = centred.T @ centred / n
-    tril = jnp.linalg.cholesky(cov + 1e-6 * jnp.mean(jnp.diagonal(cov)) * jnp.eye(dim))
-    whitener = jax.scipy.linalg.solve_triangular(tril, jnp.eye(dim), lower=True)
-    slope = (jnp.eye(dim) + scores.T @ centred / n) @ (whitener.T @ whitener)
-    return Maps(params, mean, whitener, jnp.mean(scores, 0), slope, jnp.zeros((), mean.dtype))
 
 
 def sbtm(
@@ -207,6 +190,15 @@ def sbtm(
         )
 
     process = noisy_transport(net, num_maps, base)
+    learning = velocity_fit(
+        net,
+        optimiser,
+        base,
+        num_updates=num_updates,
+        batch_size=batch_size,
+        max_rounds=max_rounds,
+        first_updates=first_updates,
+    )
 
     def look(
         level: Float[Array, ""], particles: Float[Array, "n d"], probes: Float[Array, "m d"]
@@ -241,12 +233,6 @@ def sbtm(
         excess = jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS)
         return jnp.mean(excess), jnp.var(excess)
 
-    def bounded(scores: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        scores = jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
-        # a few particles on a cliff must not move all others
-        norm = jnp.linalg.norm(scores, axis=-1, keepdims=True)
-        return scores * jnp.minimum(1.0, _LONGEST_SCORE * jnp.median(norm) / jnp.maximum(norm, 1e-9))
-
     def init(key: Key) -> SBTMState:
         key_net, key_particles, key_probes = jax.random.split(key, 3)
         params = net.init(key_net, dim)
@@ -262,7 +248,7 @@ def sbtm(
         if annealing is not None:
             level = annealing.level(jnp.zeros((), log_q.dtype))
         scores, probe_scores, target_scores, log_target = look(level, particles, probes)
-        current = _affine_part(particles, scores, params)
+        current = affine_part(Cloud(particles, scores), params)
         maps = jax.tree.map(lambda leaf: jnp.zeros((num_maps, *leaf.shape), leaf.dtype), current)
         divergence, variance = judge(log_q, log_target)
         unknown = jnp.full(num_maps, jnp.nan, log_q.dtype)
@@ -286,81 +272,19 @@ def sbtm(
             noise=jnp.asarray(_FIRST_NOISE if noisy else 0.0, log_q.dtype),
         )
 
-    def losses(
-        params: Params, state: SBTMState, points: Float[Array, "b d"], scores: Float[Array, "b d"], key: Key
-    ) -> Float[Array, " b"]:
-        one = state.current._replace(params=params)
-        return implicit_score_losses(lambda y: velocity(net, one, y), points, scores, key)
-
-    def held_out(params: Params, state: SBTMState) -> Float[Array, " m"]:
-        # one key for all that is compared
-        return losses(params, state, state.probes, bounded(state.probe_scores), jax.random.key(0))
-
-    def first_fit(key: Key, state: SBTMState) -> tuple[Params, optax.OptState]:
-        """Fit the first velocity, which is known at the particles, by least squares."""
-        known = state.scores - jax.vmap(jax.grad(base.log_prob))(state.particles)
-
-        def update(carry, key_k):  # type: ignore[no-untyped-def]
-            batch = jax.random.randint(key_k, (batch_size,), 0, num_particles)
-
-            def loss(params: Params) -> Float[Array, ""]:
-                one = state.current._replace(params=params)
-                v = jax.vmap(lambda y: velocity(net, one, y))(state.particles[batch])
-                return jnp.mean(jnp.sum((v - known[batch]) ** 2, -1))
-
-            return guarded_update(optimiser, jax.grad(loss)(carry[0]), carry[1], carry[0])[:2], None
-
-        carry = state.current.params, state.opt_state
-        return jax.lax.scan(update, carry, jax.random.split(key, first_updates))[0]
+    def probes_of(state: SBTMState) -> Cloud:
+        return Cloud(state.probes, bounded(state.probe_scores))
 
     def train(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:
-        def update(carry, key_k):  # type: ignore[no-untyped-def]
-            params, opt_state = carry
-            key_batch, key_probe = jax.random.split(key_k)
-            batch = jax.random.randint(key_batch, (batch_size,), 0, num_particles)
-            loss, gradient = jax.value_and_grad(lambda *args: jnp.mean(losses(*args)))(
-                params, state, state.particles[batch], state.scores[batch], key_probe
-            )
-            params, opt_state, skipped = guarded_update(optimiser, gradient, opt_state, params)
-            return (params, opt_state), (loss, skipped)
-
-        def one_round(carry, key: Key):  # type: ignore[no-untyped-def]
-            carry, (values, skips) = jax.lax.scan(update, carry, jax.random.split(key, num_updates))
-            return carry, jnp.mean(values), jnp.sum(skips, dtype=jnp.int32)
-
-        carry = state.current.params, state.opt_state
-        if first_updates:
-            carry = jax.lax.cond(state.step == 0, lambda: first_fit(key, state), lambda: carry)
-        if max_rounds == 1:
-            (params, opt_state), loss, skipped = one_round(carry, key)
-        else:
-
-            def advance(inner):  # type: ignore[no-untyped-def]
-                k, carry, params, least, _, skipped, _ = inner
-                carry, loss, skips = one_round(carry, jax.random.fold_in(key, k))
-                now = jnp.mean(held_out(carry[0], state))
-                better = now < least
-                params = jax.tree.map(lambda new, old: jnp.where(better, new, old), carry[0], params)
-                return k + 1, carry, params, jnp.where(better, now, least), loss, skipped + skips, better
-
-            first = jnp.mean(held_out(carry[0], state))
-            zero = jnp.zeros((), jnp.int32)
-            inner = zero, carry, carry[0], first, jnp.zeros_like(first), zero, jnp.ones((), bool)
-            _, (_, opt_state), params, _, loss, skipped, _ = jax.lax.while_loop(
-                lambda inner: inner[-1] & (inner[0] < max_rounds), advance, inner
-            )
-        zero, unfinished = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-        info = Info(loss, skipped, zero, unfinished)
+        particles = Cloud(state.particles, state.scores)
+        params, opt_state, loss, skipped = learning.train(
+            key, state.step == 0, state.current, state.opt_state, particles, probes_of(state)
+        )
+        info = Info(loss, skipped, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
 
     def move(key: Key, state: SBTMState) -> SBTMState:
-        used = state.current
-        if max_rounds > 1:
-            blank = jax.tree.map(jnp.zeros_like, used.params)
-            gain = held_out(blank, state) - held_out(used.params, state)
-            needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / num_probes**0.5
-            params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, used.params)
-            used = used._replace(params=params)
+        used = learning.trim(state.current, probes_of(state))
 
         def field(x: Float[Array, " d"]) -> Float[Array, " d"]:
             return velocity(net, used, x)
@@ -391,7 +315,7 @@ def sbtm(
             log_q = state.probe_log_q - change
             slopes = jax.vmap(lambda x: divergence_of(field, x, None))(state.probes)  # has these Jacobians
         now = dissipation(jax.vmap(field)(state.probes), slopes, state.target_scores)
-        current = _affine_part(particles, scores, state.current.params)
+        current = affine_part(Cloud(particles, scores), state.current.params)
         divergence, variance = judge(log_q, log_target)
         moved = state._replace(
             level=level,

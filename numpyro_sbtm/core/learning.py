@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning one velocity of transport: an affine part in closed form, and a network for the rest."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from numpyro_sbtm.core.algorithm import guarded_update
+from numpyro_sbtm.core.flow import Maps, velocity
+from numpyro_sbtm.core.process import Net
+from numpyro_sbtm.core.score import implicit_score_losses
+from numpyro_sbtm.core.target import Key, Params
+from numpyro_sbtm.core.transition import Transition
+
+__all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "velocity_fit"]
+
+_LONGEST_SCORE = 5.0  # in medians of the particles' scores
+_CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
+
+
+class Cloud(NamedTuple):
+    """Points with the scores that they follow.
+
+    Attributes:
+        x: shape ``[n, d]``.
+        scores: finite, shape ``[n, d]``.
+    """
+
+    x: Float[Array, "n d"]
+    scores: Float[Array, "n d"]
+
+
+def bounded(scores: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Shorten long scores, and put zero where one is not finite: a few on a cliff must not move all others.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.learning import bounded
+        >>> bounded(jnp.array([[1.0], [-1.0], [1.0], [99.0], [jnp.nan]]))[:, 0].tolist()
+        [1.0, -1.0, 1.0, 5.0, 0.0]
+    """
+    scores = jnp.where(jnp.all(jnp.isfinite(scores), -1, keepdims=True), scores, 0.0)
+    norm = jnp.linalg.norm(scores, axis=-1, keepdims=True)
+    return scores * jnp.minimum(1.0, _LONGEST_SCORE * jnp.median(norm) / jnp.maximum(norm, 1e-9))
+
+
+def affine_part(particles: Cloud, params: Params) -> Maps:
+    """Solve implicit score matching for affine velocities, in closed form.
+
+    W = (I + E[g (x-μ)ᵀ]) C⁻¹ and b = E[g]: the best affine fit of the target's score g, less the score
+    of the normal distribution with the particles' mean and covariance C. It does not lag.
+    """
+    n, dim = particles.x.shape
+    mean = jnp.mean(particles.x, 0)
+    centred = particles.x - mean
+    cov = centred.T @ centred / n
+    tril = jnp.linalg.cholesky(cov + 1e-6 * jnp.mean(jnp.diagonal(cov)) * jnp.eye(dim))
+    whitener = jax.scipy.linalg.solve_triangular(tril, jnp.eye(dim), lower=True)
+    slope = (jnp.eye(dim) + particles.scores.T @ centred / n) @ (whitener.T @ whitener)
+    return Maps(params, mean, whitener, jnp.mean(particles.scores, 0), slope, jnp.zeros((), mean.dtype))
+
+
+class VelocityFit(NamedTuple):
+    """How the network of a velocity is trained, and whether it is used.
+
+    Attributes:
+        train: ``(key, first, map, optimiser's state, particles, probes) -> (params, optimiser's state, loss,
+            updates skipped)``, for the map that the particles follow next; first says whether it is the very
+            first one, whose velocity is known.
+        trim: ``(map, probes) -> map``, without its network if that does not help.
+    """
+
+    train: Callable[
+        [Key, Bool[Array, ""], Maps, optax.OptState, Cloud, Cloud],
+        tuple[Params, optax.OptState, Float[Array, ""], Int[Array, ""]],
+    ]
+    trim: Callable[[Maps, Cloud], Maps]
+
+
+def velocity_fit(
+    net: Net,
+    optimiser: optax.GradientTransformation,
+    base: Transition,
+    *,
+    num_updates: int,
+    batch_size: int,
+    max_rounds: int,
+    first_updates: int,
+) -> VelocityFit:
+    """Make the training of velocities by implicit score matching.
+
+    Args:
+        net: the network.
+        optimiser: an optax optimiser.
+        base: the particles' first law.
+        num_updates: updates per round.
+        batch_size: particles per update.
+        max_rounds: rounds at most; more than one end once the loss of the probes, which are not trained on,
+            stops falling, and the best parameters are kept.
+        first_updates: updates before the first map, by least squares.
+
+    Reference:
+        Hyvärinen (2005), JMLR 6, eq. 4, in the form of `implicit_score_loss`.
+    """
+
+    def losses(params: Params, current: Maps, points: Cloud, key: Key) -> Float[Array, " b"]:
+        one = current._replace(params=params)
+        return implicit_score_losses(lambda y: velocity(net, one, y), points.x, points.scores, key)
+
+    def held_out(params: Params, current: Maps, probes: Cloud) -> Float[Array, " m"]:
+        # one key for all that is compared
+        return losses(params, current, probes, jax.random.key(0))
+
+    def first_fit(key: Key, current: Maps, opt_state: optax.OptState, particles: Cloud):  # type: ignore[no-untyped-def]
+        """Fit the first velocity, which is known at the particles, by least squares."""
+        known = particles.scores - jax.vmap(jax.grad(base.log_prob))(particles.x)
+
+        def update(carry, key_k):  # type: ignore[no-untyped-def]
+            batch = jax.random.randint(key_k, (batch_size,), 0, len(known))
+
+            def loss(params: Params) -> Float[Array, ""]:
+                one = current._replace(params=params)
+                v = jax.vmap(lambda y: velocity(net, one, y))(particles.x[batch])
+                return jnp.mean(jnp.sum((v - known[batch]) ** 2, -1))
+
+            return guarded_update(optimiser, jax.grad(loss)(carry[0]), carry[1], carry[0])[:2], None
+
+        return jax.lax.scan(update, (current.params, opt_state), jax.random.split(key, first_updates))[0]
+
+    def train(  # type: ignore[no-untyped-def]
+        key: Key, first: Bool[Array, ""], current: Maps, opt_state, particles: Cloud, probes: Cloud
+    ):
+        def update(carry, key_k):  # type: ignore[no-untyped-def]
+            params, opt_state = carry
+            key_batch, key_probe = jax.random.split(key_k)
+            batch = jax.random.randint(key_batch, (batch_size,), 0, len(particles.x))
+            some = Cloud(particles.x[batch], particles.scores[batch])
+            loss, gradient = jax.value_and_grad(lambda *args: jnp.mean(losses(*args)))(
+                params, current, some, key_probe
+            )
+            params, opt_state, skipped = guarded_update(optimiser, gradient, opt_state, params)
+            return (params, opt_state), (loss, skipped)
+
+        def one_round(carry, key: Key):  # type: ignore[no-untyped-def]
+            carry, (values, skips) = jax.lax.scan(update, carry, jax.random.split(key, num_updates))
+            return carry, jnp.mean(values), jnp.sum(skips, dtype=jnp.int32)
+
+        carry = current.params, opt_state
+        if first_updates:
+            carry = jax.lax.cond(first, lambda: first_fit(key, current, opt_state, particles), lambda: carry)
+        if max_rounds == 1:
+            carry, loss, skipped = one_round(carry, key)
+            return *carry, loss, skipped
+
+        def advance(inner):  # type: ignore[no-untyped-def]
+            k, carry, params, least, _, skipped, _ = inner
+            carry, loss, skips = one_round(carry, jax.random.fold_in(key, k))
+            now = jnp.mean(held_out(carry[0], current, probes))
+            better = now < least
+            params = jax.tree.map(lambda new, old: jnp.where(better, new, old), carry[0], params)
+            return k + 1, carry, params, jnp.where(better, now, least), loss, skipped + skips, better
+
+        least, zero = jnp.mean(held_out(carry[0], current, probes)), jnp.zeros((), jnp.int32)
+        inner = zero, carry, carry[0], least, jnp.zeros_like(least), zero, jnp.ones((), bool)
+        _, (_, opt_state), params, _, loss, skipped, _ = jax.lax.while_loop(
+            lambda inner: inner[-1] & (inner[0] < max_rounds), advance, inner
+        )
+        return params, opt_state, loss, skipped
+
+    def trim(current: Maps, probes: Cloud) -> Maps:
+        if max_rounds == 1:
+            return current
+        blank = jax.tree.map(jnp.zeros_like, current.params)
+        gain = held_out(blank, current, probes) - held_out(current.params, current, probes)
+        needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / len(gain) ** 0.5
+        params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, current.params)
+        return current._replace(params=params)
+
+    return VelocityFit(train, trim)
