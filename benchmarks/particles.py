@@ -49,26 +49,32 @@ def plain_transport(key, target, start, step_size, num_steps, std):
     key_net, key_first, key_steps = jax.random.split(key, 3)
 
     def updates(params, opt_state, key, num, loss):
-        def update(carry, key_k):
+        """Update on batches of shuffled particles: a new order once all of them were used."""
+        size = min(n, _BATCH)
+        key_order, key_probes = jax.random.split(key)
+        rounds = -(-num * size // n)
+        orders = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key_order, rounds))
+        batches = orders.reshape(-1)[: num * size].reshape(num, size)
+
+        def update(carry, inputs):
             params, opt_state = carry
-            gradient = jax.grad(loss)(params, key_k)
-            change, opt_state = optimiser.update(gradient, opt_state, params)
+            change, opt_state = optimiser.update(jax.grad(loss)(params, *inputs), opt_state, params)
             return (optax.apply_updates(params, change), opt_state), None
 
-        return jax.lax.scan(update, (params, opt_state), jax.random.split(key, num))[0]
+        inputs = batches, jax.random.split(key_probes, num)
+        return jax.lax.scan(update, (params, opt_state), inputs)[0]
 
-    def explicit(params, key):
-        batch = start[jax.random.randint(key, (min(n, _BATCH),), 0, n)]
-        return jnp.mean(jnp.sum((jax.vmap(lambda x: apply(params, x))(batch) + batch / std**2) ** 2, -1))
+    def explicit(params, batch, key):
+        del key
+        x = start[batch]
+        return jnp.mean(jnp.sum((jax.vmap(lambda y: apply(params, y))(x) + x / std**2) ** 2, -1))
 
     def implicit(x):
-        def loss(params, key):
-            key_batch, key_probes = jax.random.split(key)
-            batch = x[jax.random.choice(key_batch, n, (min(n, _BATCH),), replace=False)]
-            s = jax.vmap(lambda y: apply(params, y))(batch)
-            keys = jax.random.split(key_probes, len(batch))
+        def loss(params, batch, key):
+            s = jax.vmap(lambda y: apply(params, y))(x[batch])
+            keys = jax.random.split(key, len(batch))
             one = lambda y, k: divergence_of(lambda z: apply(params, z), y, k if dim > 3 else None)  # noqa: E731
-            return jnp.mean(jnp.sum(s * s, -1) + 2.0 * jax.vmap(one)(batch, keys))
+            return jnp.mean(jnp.sum(s * s, -1) + 2.0 * jax.vmap(one)(x[batch], keys))
 
         return loss
 
