@@ -26,6 +26,7 @@ class Annealing(NamedTuple):
             arrive.
         conditional_ess: where given, the levels follow the weights instead, and each step keeps this
             conditional effective sample fraction.
+        calls: of the target at every point, for its own score and that of the level.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -41,12 +42,17 @@ class Annealing(NamedTuple):
     at: Callable[[Target, Transition, Float[Array, ""]], Target]
     level: Callable[[Float[Array, ""]], Float[Array, ""]]
     conditional_ess: float | None = None
+    calls: int = 1
 
 
-def _ramp(first: float, hold: float) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
+def _ramp(hold: float, first: float | None = None) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
+    """Make levels that rise evenly from the first one, by default 0, and then stay at 1."""
     if not 0 <= hold < 1:
         raise ValueError(f"`hold` must be at least 0 and below 1, got {hold}.")
-    return lambda share: jnp.minimum(first + (1.0 - first) * share / (1.0 - hold), 1.0)
+    if first is not None and not 0 < first <= 1:
+        raise ValueError(f"`first` must be above 0 and at most 1, got {first}.")
+    start = first or 0.0
+    return lambda share: jnp.minimum(start + (1.0 - start) * share / (1.0 - hold), 1.0)
 
 
 def geometric(hold: float = 0.25, conditional_ess: float | None = None) -> Annealing:
@@ -72,7 +78,7 @@ def geometric(hold: float = 0.25, conditional_ess: float | None = None) -> Annea
 
         return Target(logdensity, target.dim)
 
-    return Annealing(at, _ramp(0.0, hold), conditional_ess)
+    return Annealing(at, _ramp(hold), conditional_ess)
 
 
 def dilation(first: float = 0.2, hold: float = 0.25) -> Annealing:
@@ -99,14 +105,12 @@ def dilation(first: float = 0.2, hold: float = 0.25) -> Annealing:
         >>> jax.grad(half.logdensity_fn)(jnp.ones(1)).tolist()  # N(0, 1/4)
         [-4.0]
     """
-    if not 0 < first <= 1:
-        raise ValueError(f"`first` must be above 0 and at most 1, got {first}.")
 
     def at(target: Target, base: Transition, level: Float[Array, ""]) -> Target:
         del base
         return Target(lambda x: target.logdensity_fn(x / level) - target.dim * jnp.log(level), target.dim)
 
-    return Annealing(at, _ramp(first, hold))
+    return Annealing(at, _ramp(hold, first), calls=2)
 
 
 def tempering(first: float = 0.05, hold: float = 0.25) -> Annealing:
@@ -125,14 +129,12 @@ def tempering(first: float = 0.05, hold: float = 0.25) -> Annealing:
     Reference:
         Ilin, Sushko & Hu (2025), arXiv:2504.18130, whose images are made with scaled noise.
     """
-    if not 0 < first <= 1:
-        raise ValueError(f"`first` must be above 0 and at most 1, got {first}.")
 
     def at(target: Target, base: Transition, level: Float[Array, ""]) -> Target:
         del base
         return Target(lambda x: level * target.logdensity_fn(x), target.dim)
 
-    return Annealing(at, _ramp(first, hold))
+    return Annealing(at, _ramp(hold, first))
 
 
 def conditional_ess(log_weight: Float[Array, " n"], log_ratio: Float[Array, " n"]) -> Float[Array, ""]:

@@ -145,8 +145,8 @@ def sbtm(
             base must be a `Gaussian`. Errors of means over them are then smaller than their standard errors.
 
     Returns:
-        The algorithm. A map costs n gradients; a draw costs one and K (d + 1) evaluations of the network, or
-        with noise K + 1 and 2 K.
+        The algorithm. A map costs n + m gradients; a draw costs one and K (d + 1) evaluations of the network,
+        or with noise K + 1 and 2 K.
 
     Raises:
         ValueError: for sizes out of range, and for what does not go together.
@@ -189,6 +189,7 @@ def sbtm(
             f"`quasi` needs a `base` that is a `Gaussian`, got {type(base).__name__}. Pass `quasi=False`."
         )
 
+    calls = 1 if annealing is None else annealing.calls
     process = noisy_transport(net, num_maps, base)
     learning = velocity_fit(
         net,
@@ -364,7 +365,7 @@ def sbtm(
             state, info = train(key_train, state)
             due = (state.step + 1) % steps_per_map == 0
             state = jax.lax.cond(due, lambda state: move(key_move, state), lambda state: state, state)
-            gradients = jnp.where(due, num_particles + num_probes, 0)
+            gradients = jnp.where(due, calls * (num_particles + num_probes), 0)
             return state._replace(step=state.step + 1), info._replace(gradients=gradients.astype(jnp.int32))
 
         def rest(state: SBTMState) -> tuple[SBTMState, Info]:
