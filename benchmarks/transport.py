@@ -33,6 +33,7 @@ __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
 NUM_EXACT = 10_000  # draws of the target for the metric of the paper
 NUM_FRESH = 16_384
 NUM_PROBES = 4096
+RATE = 1e-2  # of Adam, first
 NUM_LOOKS = 5  # at the particles on their way
 NOTICEABLE = 0.01  # dissipation above which its error counts
 MAX_SVGD = 1000  # particles; its cost grows with their square
@@ -47,7 +48,6 @@ class Problem(NamedTuple):
     num_steps: int
     num_particles: int
     width: int = 32
-    rate: float = 1e-3
     true_dissipation: Callable[[np.ndarray], np.ndarray] | None = None
     covariance: np.ndarray | None = None
 
@@ -168,7 +168,7 @@ def _distances(problem, x, seed):
 
 def _transport(problem, seed, annealing: Annealing | None = None):
     """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
-    schedule = optax.cosine_decay_schedule(10 * problem.rate, 10 * problem.num_steps, alpha=0.1)
+    schedule = optax.cosine_decay_schedule(RATE, 10 * problem.num_steps, alpha=0.1)
     algorithm = sbtm(
         problem.target,
         score_mlp(problem.width),

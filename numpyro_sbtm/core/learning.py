@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.core.algorithm import guarded_update
 from numpyro_sbtm.core.flow import Maps, velocity
 from numpyro_sbtm.core.process import Net
-from numpyro_sbtm.core.score import implicit_score_losses
-from numpyro_sbtm.core.target import Key, Params
+from numpyro_sbtm.core.score import implicit_score_loss, implicit_score_losses
+from numpyro_sbtm.core.target import Key, Params, VectorField
 from numpyro_sbtm.core.transition import Transition
 
 __all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "velocity_fit"]
@@ -107,13 +107,13 @@ def velocity_fit(
         Hyvärinen (2005), JMLR 6, eq. 4, in the form of `implicit_score_loss`.
     """
 
-    def losses(params: Params, current: Maps, points: Cloud, key: Key) -> Float[Array, " b"]:
+    def field(params: Params, current: Maps) -> VectorField:
         one = current._replace(params=params)
-        return implicit_score_losses(lambda y: velocity(net, one, y), points.x, points.scores, key)
+        return lambda y: velocity(net, one, y)
 
     def held_out(params: Params, current: Maps, probes: Cloud) -> Float[Array, " m"]:
         # one key for all that is compared
-        return losses(params, current, probes, jax.random.key(0))
+        return implicit_score_losses(field(params, current), probes.x, probes.scores, jax.random.key(0))
 
     def first_fit(key: Key, current: Maps, opt_state: optax.OptState, particles: Cloud):  # type: ignore[no-untyped-def]
         """Fit the first velocity, which is known at the particles, by least squares."""
@@ -123,8 +123,7 @@ def velocity_fit(
             batch = jax.random.randint(key_k, (batch_size,), 0, len(known))
 
             def loss(params: Params) -> Float[Array, ""]:
-                one = current._replace(params=params)
-                v = jax.vmap(lambda y: velocity(net, one, y))(particles.x[batch])
+                v = jax.vmap(field(params, current))(particles.x[batch])
                 return jnp.mean(jnp.sum((v - known[batch]) ** 2, -1))
 
             return guarded_update(optimiser, jax.grad(loss)(carry[0]), carry[1], carry[0])[:2], None
@@ -138,10 +137,12 @@ def velocity_fit(
             params, opt_state = carry
             key_batch, key_probe = jax.random.split(key_k)
             batch = jax.random.randint(key_batch, (batch_size,), 0, len(particles.x))
-            some = Cloud(particles.x[batch], particles.scores[batch])
-            loss, gradient = jax.value_and_grad(lambda *args: jnp.mean(losses(*args)))(
-                params, current, some, key_probe
-            )
+            x, scores = (leaf[batch] for leaf in particles)
+
+            def batch_loss(params: Params) -> Float[Array, ""]:
+                return implicit_score_loss(field(params, current), x, scores, key_probe)
+
+            loss, gradient = jax.value_and_grad(batch_loss)(params)
             params, opt_state, skipped = guarded_update(optimiser, gradient, opt_state, params)
             return (params, opt_state), (loss, skipped)
 
