@@ -6,7 +6,14 @@ from blackjax.diagnostics import psis_weights
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-__all__ = ["FINITE_VARIANCE_KHAT", "NEARLY_EQUAL", "USABLE_KHAT", "tail_index", "unseen_share"]
+__all__ = [
+    "FINITE_VARIANCE_KHAT",
+    "NEARLY_EQUAL",
+    "USABLE_KHAT",
+    "tail_index",
+    "tail_index_error",
+    "unseen_share",
+]
 
 FINITE_VARIANCE_KHAT = 0.5  # above it the weights have no finite variance
 USABLE_KHAT = 0.7  # above it the mean weight has no usable error bar
@@ -46,6 +53,25 @@ def tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
     khat = jnp.where(jnp.isfinite(khat), khat, jnp.inf)
     khat = jnp.where(spread < _EQUAL, -jnp.inf, khat)
     return jnp.where(jnp.sum(alive) < _FEWEST, jnp.inf, khat)
+
+
+def tail_index_error(khat: float, n: int) -> float:
+    """Compute the standard error of k̂ from n weights, the largest 3 √n of which are their tail.
+
+    Args:
+        khat: the estimate.
+        n: how many weights it is from.
+
+    Reference:
+        Smith (1987), Estimating tails of probability distributions, Annals of Statistics 15: (1 + k) / √m
+        for m exceedances.
+
+    Examples:
+        >>> from numpyro_sbtm.psis import tail_index_error
+        >>> round(tail_index_error(0.4, 4000), 2)
+        0.1
+    """
+    return (1.0 + max(khat, 0.0)) / min(n / 5.0, 3.0 * n**0.5) ** 0.5
 
 
 def unseen_share(log_weight: Float[Array, " n"], khat: Float[Array, ""] | float) -> Float[Array, ""]:

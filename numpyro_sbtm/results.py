@@ -16,7 +16,14 @@ from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, NEARLY_EQUAL, USABLE_KHAT, tail_index, unseen_share
+from numpyro_sbtm.psis import (
+    FINITE_VARIANCE_KHAT,
+    NEARLY_EQUAL,
+    USABLE_KHAT,
+    tail_index,
+    tail_index_error,
+    unseen_share,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,9 +76,10 @@ class Report:
             judged, being noise there.
         ess_fraction: effective sample fraction of fresh proposals.
         log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
-        log_evidence_se: its standard error. Where k̂ is above 0.5 the weights may have no finite variance, and
-            it is at least the difference from ``backward_log_evidence``, and what larger weights than any
-            seen are expected to add (`numpyro_sbtm.psis.unseen_share`).
+        log_evidence_se: its standard error. Where k̂ may be above 0.5, being less than two of its own standard
+            errors below, the weights may have no finite variance, and it is at least the difference from
+            ``backward_log_evidence``, and what larger weights than any seen are expected to add
+            (`numpyro_sbtm.psis.unseen_share`).
         backward_log_evidence: log evidence from the chains' own weights, minus log mean 1/w; NaN for raw
             draws. Local moves may find what is never proposed: then the two estimates disagree.
         elbo: mean log weight, a lower bound of the log evidence in expectation.
@@ -219,7 +227,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     if kernel.correction is not None:
         inverse = np.ravel(np.asarray(state.log_mean_inverse_weight))
         backward = -float(np.logaddexp.reduce(inverse) - np.log(inverse.size))
-    if khat > FINITE_VARIANCE_KHAT:
+    if khat + 2.0 * tail_index_error(khat, log_weight.size) > FINITE_VARIANCE_KHAT:
         disagreement = abs(backward - log_z) if np.isfinite(backward) else 0.0
         log_z_se = max(log_z_se, disagreement, float(unseen_share(log_weight, khat)))
     ensemble = state.training.ensemble is not None and bool(np.any(np.asarray(state.training.ensemble)))
