@@ -166,7 +166,7 @@ def _distances(problem, x, seed):
     return found
 
 
-def _transport(problem, seed, annealing: Annealing | None = None):
+def _transport(problem, seed, annealing: Annealing | None = None, preconditioned=False):
     """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
     schedule = optax.cosine_decay_schedule(RATE, 10 * problem.num_steps, alpha=0.1)
     algorithm = sbtm(
@@ -180,6 +180,7 @@ def _transport(problem, seed, annealing: Annealing | None = None):
         duration=problem.duration,
         base=standard_normal(problem.target.dim, problem.std),
         annealing=annealing,
+        preconditioned=preconditioned,
         max_rounds=8,
         first_updates=1000,
         num_probes=min(problem.num_particles, NUM_PROBES),
@@ -210,7 +211,7 @@ def _transport(problem, seed, annealing: Annealing | None = None):
     }
     for name, last in looks[-1].items():
         row[f"{name}_rise"] = last - min(look[name] for look in looks)
-    if problem.true_dissipation is not None and annealing is None:
+    if problem.true_dissipation is not None and annealing is None and not preconditioned:
         row["dissipation_error"] = _dissipation_error(problem, state)
     row |= _weighed(problem, algorithm, state, seed)
     return state.particles, row
@@ -278,6 +279,7 @@ SAMPLERS = {
     "sbtm, geometric": partial(_transport, annealing=geometric()),
     "sbtm, adaptive": partial(_transport, annealing=geometric(conditional_ess=0.98)),
     "sbtm, dilation": partial(_transport, annealing=dilation()),
+    "sbtm, preconditioned": partial(_transport, preconditioned=True),
     "plain sbtm": lambda problem, seed: _particles(partial(plain_transport, std=problem.std), problem, seed),
     "langevin": partial(_particles, langevin),
     "svgd": partial(_particles, svgd),

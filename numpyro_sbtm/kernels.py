@@ -21,13 +21,14 @@ from numpyro_sbtm.core.divergence import (
     kl,
     kl_log_derivative,
     log_variance,
+    sub_trajectory_log_variance,
     trajectory_balance,
 )
 from numpyro_sbtm.core.mixture import moments
 from numpyro_sbtm.core.process import Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.networks import denoiser, score_mlp
+from numpyro_sbtm.networks import denoiser, potential, score_mlp
 
 __all__ = ["ANNEALINGS", "DIVERGENCES", "PROCESSES", "DiffusionKernel", "LogVarianceDISKernel", "SBTMKernel"]
 
@@ -44,14 +45,17 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 }
 """Processes by name: functions of ``(net, dim, num_steps, scale)``."""
 
-DIVERGENCES: dict[str, Callable[[], Divergence]] = {
-    "log-variance": log_variance,
-    "log-variance-per-start": partial(log_variance, paths_per_start=16),
-    "kl": kl,
-    "kl-log-derivative": kl_log_derivative,
-    "trajectory-balance": trajectory_balance,
+DIVERGENCES: dict[str, Callable[[Process], Divergence]] = {
+    "log-variance": lambda process: log_variance(),
+    "log-variance-per-start": lambda process: log_variance(paths_per_start=16),
+    "sub-trajectory-log-variance": lambda process: sub_trajectory_log_variance(
+        process, potential(), num_segments=min(4, process.num_steps)
+    ),
+    "kl": lambda process: kl(),
+    "kl-log-derivative": lambda process: kl_log_derivative(),
+    "trajectory-balance": lambda process: trajectory_balance(),
 }
-"""Divergences by name."""
+"""Divergences by name: functions of the process."""
 
 ANNEALINGS: dict[str, Callable[[], Annealing]] = {
     "adaptive": partial(geometric, conditional_ess=0.95),
@@ -120,8 +124,8 @@ class DiffusionKernel(LearnedKernel):
             'bridge' or 'cmcd'; for comparison also 'dis-control', 'dis-euler', 'pis-control' and
             'dds-control', the published parametrisations. All but 'dis' start from a normal distribution
             with the mean and the standard deviations of that mixture.
-        divergence: 'log-variance', 'log-variance-per-start', 'kl', 'kl-log-derivative' or
-            'trajectory-balance'.
+        divergence: 'log-variance', 'log-variance-per-start', 'sub-trajectory-log-variance' (four parts),
+            'kl', 'kl-log-derivative' or 'trajectory-balance'.
 {_DIFFUSION.strip(chr(10))}
 {_COMMON.strip(chr(10))}
 
@@ -201,7 +205,7 @@ class DiffusionKernel(LearnedKernel):
         self._scale = scale
 
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
-        make, divergence = PROCESSES[self._process], DIVERGENCES[self._divergence]()
+        make = PROCESSES[self._process]
         if self._process == "dis":
             net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
             process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
@@ -210,6 +214,7 @@ class DiffusionKernel(LearnedKernel):
             net = pair(net) if self._process == "bridge" else net
             process = make(net, target.dim, self._num_steps, self._scale)
             process = rescaled(process, *moments(warm.reference))
+        divergence = DIVERGENCES[self._divergence](process)
         schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
         return diffusion(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.target import Key, Params
 
-__all__ = ["denoiser", "score_mlp"]
+__all__ = ["denoiser", "potential", "score_mlp"]
 
 
 def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
@@ -49,6 +49,12 @@ def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
     return Net(init, apply)
 
 
+def _waves(log_snr: Float[Array, ""], width: int) -> Float[Array, " w"]:
+    """Embed a log signal-to-noise ratio by sines and cosines."""
+    angles = log_snr * jnp.geomspace(0.1, 3.0, width // 2, dtype=log_snr.dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
+
+
 class _Denoiser(nnx.Module):
     def __init__(self, dim: int, width: int, depth: int, num_components: int, rngs: nnx.Rngs) -> None:
         dtype = jnp.result_type(float)
@@ -69,9 +75,7 @@ class _Denoiser(nnx.Module):
     def __call__(
         self, log_snr: Float[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
     ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, ""], Float[Array, " K"]]:
-        frequencies = jnp.geomspace(0.1, 3.0, self.width // 2, dtype=x.dtype)
-        angles = log_snr * frequencies
-        time = nnx.gelu(self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
+        time = nnx.gelu(self.time(_waves(log_snr, self.width)))
         hidden = nnx.gelu(self.x(jnp.concatenate([x, score])) + time)
         for layer, shift in zip(self.hidden, self.shift, strict=True):
             hidden = nnx.gelu(layer(hidden) + shift(time))
@@ -105,6 +109,40 @@ def denoiser(width: int = 64, depth: int = 2, num_components: int = 1) -> Net:
         ([0.0, 0.0, 0.0], 0.0)
     """
     return _functional(lambda dim, rngs: _Denoiser(dim, width, depth, num_components, rngs))
+
+
+class _Potential(nnx.Module):
+    def __init__(self, dim: int, width: int, rngs: nnx.Rngs) -> None:
+        dtype = jnp.result_type(float)
+        zero = nnx.initializers.zeros
+        self.width = width
+        self.x = nnx.Linear(dim, width, param_dtype=dtype, rngs=rngs)
+        self.time = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
+        self.hidden = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, 1, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
+
+    def __call__(self, log_snr: Float[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
+        hidden = nnx.gelu(self.x(x) + nnx.gelu(self.time(_waves(log_snr, self.width))))
+        return self.out(nnx.gelu(self.hidden(hidden)))[0]
+
+
+def potential(width: int = 64) -> Net:
+    """Make the network of `sub_trajectory_log_variance`: corrections to log densities on the way.
+
+    Args:
+        width: units of each of its two hidden layers, an even number.
+
+    Returns:
+        A net whose ``apply(params, log_snr, x)`` gives a number, zero at the start.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.networks import potential
+        >>> net = potential(width=8)
+        >>> float(net.apply(net.init(jax.random.key(0), 3), jnp.array(0.5), jnp.ones(3)))
+        0.0
+    """
+    return _functional(lambda dim, rngs: _Potential(dim, width, rngs))
 
 
 class _ScoreMLP(nnx.Module):

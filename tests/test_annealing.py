@@ -185,6 +185,8 @@ def test_clear_errors():
         geometric(conditional_ess=2.0)
     with pytest.raises(ValueError, match=r"`annealing` asks for a flow.*noisy=False"):
         sbtm(correlated(), NET, optax.sgd(1.0), noisy=True, annealing=geometric())
+    with pytest.raises(ValueError, match=r"`preconditioned` asks for a flow.*noisy=False"):
+        sbtm(correlated(), NET, optax.sgd(1.0), noisy=True, preconditioned=True)
     with pytest.raises(ValueError, match="`quasi` needs a `base` that is a `Gaussian`, got Mixture"):
         sbtm(correlated(), NET, optax.sgd(1.0), base=normal(2), quasi=True)
     with pytest.raises(ValueError, match=r"`annealing` must be one of 'adaptive', .*got 'linear'"):

@@ -19,13 +19,14 @@ from numpyro_sbtm.core import (
     pair,
     rescaled,
     simulate,
+    sub_trajectory_log_variance,
     trajectory_balance,
     two_pass_gradient,
 )
 from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.kernels import DIVERGENCES, PROCESSES
-from numpyro_sbtm.networks import denoiser
+from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.targets import gaussian
 
 CONTROLLED = [name for name in PROCESSES if name != "dis"]
@@ -147,6 +148,58 @@ def test_trajectory_balance_with_the_mean_as_log_z_is_log_variance():
     np.testing.assert_allclose(gradient, variance * 31 / 32, rtol=1e-7, atol=1e-10)
     slope = jax.grad(lambda log_z: divergence.value(paths, log_z))(mean + 1.0)
     np.testing.assert_allclose(slope, 2.0, rtol=1e-9)  # log Z is led to the mean
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_part_is_the_whole_path():
+    process, params = shaken(2)
+    paths = batch(process, params, two_modes(), 3, 32)
+    divergence = sub_trajectory_log_variance(process, potential(8), num_segments=1, clip=None)
+    extra = divergence.extra(jax.random.key(0), 2)
+    found = two_pass_gradient(divergence, process, params, paths, extra=extra)
+    expected = two_pass_gradient(log_variance(None), process, params, paths)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), found, expected)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("num_segments", [2, 3, 5])
+def test_parts_of_paths_add_up_whatever_is_guessed_between(num_segments):
+    """The variance of a sum of M parts, that of the log weight, is at most M times the sum of theirs."""
+    process, params = shaken(2, num_steps=5)
+    paths = batch(process, params, two_modes(), 3, 200)
+    divergence = sub_trajectory_log_variance(process, potential(8), num_segments, clip=None)
+    extra = divergence.extra(jax.random.key(0), 2)
+    extra = extra + 0.3 * jax.random.normal(jax.random.key(1), extra.shape)
+    parts = float(divergence.value(paths, extra))
+    assert float(log_variance(None).value(paths)) < num_segments * parts
+    # a path that is not finite is left out, and takes no gradient with it
+    gradient = jax.grad(divergence.value, argnums=1)(paths, extra)
+    broken = paths._replace(xs=paths.xs.at[0].set(jnp.nan), log_target=paths.log_target.at[0].set(jnp.nan))
+    rest = jax.tree.map(lambda leaf: leaf[1:], paths)
+    for one, other in zip(
+        jax.value_and_grad(divergence.value, argnums=1)(broken, extra),
+        jax.value_and_grad(divergence.value, argnums=1)(rest, extra),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-10)
+    assert float(jnp.max(jnp.abs(gradient))) > 0.0
+
+
+@pytest.mark.usefixtures("x64")
+def test_parts_agree_where_the_process_is_its_own_reversal():
+    """Untrained dis on its reference: every part is exact, not just the whole."""
+    process, params = shaken(2, num_steps=6, size=0.0)
+    target = gaussian(np.zeros(2), np.eye(2))
+    paths = batch(process, params, target, 0, 50)
+    divergence = sub_trajectory_log_variance(process, potential(8), num_segments=3)
+    assert float(divergence.value(paths, divergence.extra(jax.random.key(0), 2))) < 1e-18
+
+
+@pytest.mark.parametrize("num_segments", [0, 5])
+def test_parts_need_steps(num_segments):
+    process, _ = shaken(2)
+    with pytest.raises(ValueError, match=f"`num_segments` must be between 1 and 4, got {num_segments}"):
+        sub_trajectory_log_variance(process, potential(8), num_segments)
 
 
 @pytest.mark.usefixtures("x64")

@@ -105,6 +105,31 @@ def test_gaussians_need_no_network():
     np.testing.assert_allclose(jnp.var(ends, 0), variance, rtol=0.05)
 
 
+def test_preconditioned_particles_relax_at_one_rate_in_all_directions():
+    """Multiplied by the particles' covariance c, the velocity is (1 - c / v) x: of rate one near any v."""
+    target = gaussian(np.zeros(2), np.diag([0.25, 4.0]))
+    algorithm, state, _ = trained(
+        target,
+        steps=100,
+        num_maps=100,
+        steps_per_map=1,
+        num_updates=1,
+        num_particles=20_000,
+        duration=2.0,
+        preconditioned=True,
+    )
+    variance = np.ones(2)
+    for step_size in np.asarray(state.maps.step_size):
+        variance = variance * (1 + step_size * (1 - variance / np.array([0.25, 4.0]))) ** 2
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, 20_000)
+    np.testing.assert_allclose(draws.x.var(0), variance, rtol=0.05)
+    log_z, se = log_evidence(draws.log_weight)
+    assert_within(log_z, 0.0, max(float(se), 1e-4))
+    # both estimates of what KL loses in unit time, in the metric of C: here Σ c (1/v - 1/c)²
+    np.testing.assert_allclose(state.dissipation.fisher[0], 9.0 + 0.5625, rtol=0.1)
+    np.testing.assert_allclose(state.dissipation.dissipation[0], 9.0 + 0.5625, rtol=0.1)
+
+
 def test_steps_shrink_so_that_maps_stay_one_to_one():
     stiff = gaussian(np.zeros(2), np.diag([1.0, 1e-3]))
     _, state, _ = trained(stiff)
@@ -238,7 +263,7 @@ def test_at_rest_noisy_weights_vary_with_the_square_of_the_step():
         process = noisy_transport(still, n, standard_normal(2))
         zeros = jnp.zeros((n, 2))
         none, eye = jnp.zeros((n, 2, 2)), jnp.tile(jnp.eye(2), (n, 1, 1))
-        maps = Maps(jnp.zeros((n, 0)), zeros, eye, zeros, none, jnp.full(n, 1.0 / n))
+        maps = Maps(jnp.zeros((n, 0)), zeros, eye, eye, zeros, none, jnp.full(n, 1.0 / n))
         one = lambda k: simulate(process, (maps, jnp.array(0.5)), target, k).log_weight  # noqa: E731
         return float(jnp.var(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20_000))))
 

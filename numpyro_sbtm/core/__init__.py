@@ -16,6 +16,7 @@ from numpyro_sbtm.core.divergence import Divergence as Divergence
 from numpyro_sbtm.core.divergence import kl as kl
 from numpyro_sbtm.core.divergence import kl_log_derivative as kl_log_derivative
 from numpyro_sbtm.core.divergence import log_variance as log_variance
+from numpyro_sbtm.core.divergence import sub_trajectory_log_variance as sub_trajectory_log_variance
 from numpyro_sbtm.core.divergence import trajectory_balance as trajectory_balance
 from numpyro_sbtm.core.divergence import two_pass_gradient as two_pass_gradient
 from numpyro_sbtm.core.path import Path as Path

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned diffusions: train a process by a divergence, draw paths with exact weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class DiffusionState(NamedTuple):
         average: their moving average, which draws use.
         start: the parameters at the start, which draws use if the log weights now vary twice as much.
         opt_state: state of the optimiser.
-        extra: what the divergence learns itself, such as log Z, or None.
+        extra: what the divergence learns itself, such as log Z or a network's parameters, or None.
         extra_opt_state: state of its optimiser.
         recent: moving average of the variance of the log weights, each taken before the update on its own
             paths, shape ``[]``.
@@ -41,7 +41,7 @@ class DiffusionState(NamedTuple):
     average: Params
     start: Params
     opt_state: optax.OptState
-    extra: Float[Array, ""] | None
+    extra: Any
     extra_opt_state: optax.OptState
     recent: Float[Array, ""]
     first: Float[Array, ""]
@@ -51,7 +51,6 @@ class DiffusionState(NamedTuple):
 
 _MIN_STEPS = 50
 _WINDOW = 50  # of the moving average of the variance
-_EXTRA_RATE = 0.1  # step size of what a divergence learns
 _LESS = 0.95  # a variance below this share of the best is falling
 _WORSE = 2.0  # a variance above this multiple of the first undoes the training
 
@@ -140,7 +139,7 @@ def diffusion(
             f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {num_paths}."
         )
     spread = log_variance().value
-    extra_optimiser = optax.adam(_EXTRA_RATE)
+    extra_optimiser = optax.adam(divergence.extra_rate)
 
     num_backward = 0 if endpoints is None or divergence.on_policy else int(backward_share * num_paths)
 
@@ -171,7 +170,9 @@ def diffusion(
     def init(key: Key) -> DiffusionState:
         params = net.init(key, target.dim)
         zero, far = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf)
-        extra = divergence.extra
+        extra = None
+        if divergence.extra is not None:
+            extra = divergence.extra(jax.random.fold_in(key, 1), target.dim)
         extra_opt_state = extra_optimiser.init(extra)
         return DiffusionState(
             step=zero,

@@ -13,9 +13,9 @@ class Dissipation(NamedTuple):
     """Estimates at points that move with a velocity v, none of which it was trained on; any leading axes.
 
     Attributes:
-        fisher: mean |v|². With v = ∇log π - s for the points' own score s it is the relative Fisher
-            information F, and the dissipation. A wrong s makes it wrong, and it cannot see the masses of
-            modes that are apart: small, it proves nothing.
+        fisher: mean |v|², or mean v·C⁻¹v for a velocity that was multiplied by C. With v = ∇log π - s for the
+            points' own score s it is the relative Fisher information F, and the dissipation. A wrong s makes
+            it wrong, and it cannot see the masses of modes that are apart: small, it proves nothing.
         dissipation: mean of ∇·v + v·∇log π, an unbiased estimate of -dKL(q | π)/dt for any v.
         error: standard error of ``dissipation``.
 
@@ -45,7 +45,10 @@ class Dissipation(NamedTuple):
 
 
 def dissipation(
-    v: Float[Array, "m d"], divergence: Float[Array, " m"], scores: Float[Array, "m d"]
+    v: Float[Array, "m d"],
+    divergence: Float[Array, " m"],
+    scores: Float[Array, "m d"],
+    against: Float[Array, "m d"] | None = None,
 ) -> Dissipation:
     """Estimate dissipation from what is known at held-out points; what is not finite there is left out.
 
@@ -53,6 +56,7 @@ def dissipation(
         v: the velocity, shape ``[m, d]``.
         divergence: ∇·v or an unbiased estimate of it, shape ``[m]``.
         scores: ∇log π, shape ``[m, d]``.
+        against: C⁻¹v for a velocity that was multiplied by C; None for v itself.
 
     Returns:
         The estimates, each of shape ``[]``.
@@ -66,7 +70,7 @@ def dissipation(
         (2.0, 2.0, True)
     """
     each = divergence + jnp.sum(v * scores, -1)
-    speed = jnp.sum(v * v, -1)
+    speed = jnp.sum(v * (v if against is None else against), -1)
     usable = jnp.isfinite(each) & jnp.isfinite(speed)
     count = jnp.maximum(jnp.sum(usable), 1)
     each, speed = jnp.where(usable, each, 0.0), jnp.where(usable, speed, 0.0)

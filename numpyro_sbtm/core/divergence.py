@@ -2,22 +2,24 @@
 """Losses: functions of a batch of paths, and the gradient that needs no graph of the simulation."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.path import Path, log_kernels
-from numpyro_sbtm.core.process import Process
-from numpyro_sbtm.core.target import Params
+from numpyro_sbtm.core.process import Net, Process
+from numpyro_sbtm.core.target import Key, Params
 
 __all__ = [
     "Divergence",
     "kl",
     "kl_log_derivative",
     "log_variance",
+    "sub_trajectory_log_variance",
     "trajectory_balance",
     "two_pass_gradient",
 ]
@@ -30,14 +32,16 @@ class Divergence(NamedTuple):
         value: ``(paths, extra) -> loss``, from a batch of paths, leading axis ``n``, to shape ``[]``.
         detach: whether the paths' points are constants. True allows the two-pass gradient; False asks
             for differentiation through the simulation.
-        extra: first value of what is learned beside the process, such as log Z, shape ``[]``; or None.
+        extra: ``(key, d) -> first value`` of what is learned beside the process, such as log Z; or None.
+        extra_rate: step size of its own Adam.
         paths_per_start: how many consecutive paths share their x_0.
         on_policy: whether it asks for independent paths of the current forward chain, or groups of them.
     """
 
     value: Callable[..., Float[Array, ""]]
     detach: bool
-    extra: Float[Array, ""] | None = None
+    extra: Callable[[Key, int], Any] | None = None
+    extra_rate: float = 0.1
     paths_per_start: int = 1
     on_policy: bool = False
 
@@ -129,18 +133,92 @@ def log_variance(clip: float | None = 20.0, paths_per_start: int = 1) -> Diverge
     def value(paths: Path, extra: None = None) -> Float[Array, ""]:
         log_weight = paths.log_weight
         groups = log_weight.reshape(-1, paths_per_start) if paths_per_start > 1 else log_weight[None]
-        keep = jnp.isfinite(groups)
-        median = jnp.nanmedian(jnp.where(keep, groups, jnp.nan))
-        centred = jnp.where(keep, groups - jax.lax.stop_gradient(jnp.nan_to_num(median)), 0.0)
-        if clip is not None:
-            centred = jnp.clip(centred, -clip, clip)
-        count = jnp.sum(keep, -1, keepdims=True)
-        mean = jnp.sum(centred, -1, keepdims=True) / jnp.maximum(count, 1)
-        squares = jnp.sum(jnp.where(keep, (centred - mean) ** 2, 0.0), -1)
-        return jnp.mean(squares / jnp.maximum(count[:, 0] - 1, 1))
+        return jnp.mean(_variances(groups, clip))
 
     grouped = paths_per_start > 1
     return Divergence(value, detach=True, paths_per_start=paths_per_start, on_policy=grouped)
+
+
+def _variances(groups: Float[Array, "g n"], clip: float | None) -> Float[Array, " g"]:
+    """Compute each group's variance, of finite values no further than ``clip`` from the median of all."""
+    keep = jnp.isfinite(groups)
+    median = jnp.nanmedian(jnp.where(keep, groups, jnp.nan))
+    centred = jnp.where(keep, groups - jax.lax.stop_gradient(jnp.nan_to_num(median)), 0.0)
+    if clip is not None:
+        centred = jnp.clip(centred, -clip, clip)
+    count = jnp.sum(keep, -1, keepdims=True)
+    mean = jnp.sum(centred, -1, keepdims=True) / jnp.maximum(count, 1)
+    squares = jnp.sum(jnp.where(keep, (centred - mean) ** 2, 0.0), -1)
+    return squares / jnp.maximum(count[:, 0] - 1, 1)
+
+
+def sub_trajectory_log_variance(
+    process: Process, potential: Net, num_segments: int = 4, clip: float | None = 20.0
+) -> Divergence:
+    """Make the log-variance of parts of paths, between guesses of the laws on the way that are learned.
+
+    With log densities φ_k(x) = log r_k(x) + potential(t_k, x), where r_k is the law of x_k that the process
+    guesses, but φ_0 = log p_0 and φ_T the target's own, and bounds 0 = b_0 < ... < b_M = T on the grid,
+
+        L = Σ_m Var[φ_{b_m+1}(x_{b_m+1}) - φ_{b_m}(x_{b_m}) + Σ_{b_m <= k < b_m+1} (log B_k - log F_k)].
+
+    It is zero if and only if every part agrees. The terms of a path add up to its log weight, and M L is no
+    less than the `log_variance`. Its noise is that of short paths; but what the early parts learn from, the
+    potential must learn first. Each part has its own constant: laws on the way need no normalisation.
+
+    Args:
+        process: the process that is trained.
+        potential: ``apply(params, t, x)`` gives a number, best zero at the start; t is the log
+            signal-to-noise ratio of x_k.
+        num_segments: M, at most the number of steps. With one, the log-variance remains.
+        clip: as in `log_variance`.
+
+    Raises:
+        ValueError: for a number of segments out of range.
+
+    Reference:
+        Richter & Berner (2024), arXiv:2307.01198, appendix A.7; Madan et al. (2023), arXiv:2209.12782
+        (sub-trajectory balance); Chen et al. (2024), arXiv:2412.07081 (parts shared by a batch).
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net, Target, dis, simulate
+        >>> from numpyro_sbtm.core.divergence import sub_trajectory_log_variance
+        >>> from numpyro_sbtm.networks import potential
+        >>> net = Net(lambda key, d: (), lambda p, t, x, s: (0 * x, 0 * x, jnp.zeros(()), jnp.zeros(1)))
+        >>> process = dis(net, 2, num_steps=4)
+        >>> divergence = sub_trajectory_log_variance(process, potential(8), num_segments=2)
+        >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), 2)
+        >>> keys = jax.random.split(jax.random.key(0), 9)
+        >>> paths = jax.vmap(lambda key: simulate(process, (), target, key))(keys)
+        >>> round(float(divergence.value(paths, divergence.extra(jax.random.key(1), 2))), 4)
+        0.0
+    """
+    num_steps = process.num_steps
+    if not 1 <= num_segments <= num_steps:
+        raise ValueError(f"`num_segments` must be between 1 and {num_steps}, got {num_segments}.")
+    bounds = np.round(np.linspace(0, num_steps, num_segments + 1)).astype(int)
+    share = process.share[bounds[1:-1]]
+    log_snr = np.log(share) - np.log1p(-share)
+
+    def value(paths: Path, extra: Params) -> Float[Array, ""]:
+        usable = jnp.isfinite(paths.log_weight)
+        xs = jnp.where(usable[:, None, None], paths.xs[:, bounds[1:-1]], 0.0)
+
+        def guess(k: Int[Array, ""], t: Float[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
+            return process.marginal(k, x) + potential.apply(extra, t, x)
+
+        over_paths = jax.vmap(guess, in_axes=(None, None, 0))
+        inner = jax.vmap(over_paths, in_axes=(0, 0, 1), out_axes=1)(
+            jnp.asarray(bounds[1:-1]), jnp.asarray(log_snr, xs.dtype), xs
+        )
+        ends = jnp.concatenate([paths.log_init[:, None], inner, paths.log_target[:, None]], 1)
+        ratio = jnp.pad(jnp.cumsum(paths.log_backward - paths.log_forward, 1), ((0, 0), (1, 0)))
+        parts = jnp.diff(ends, axis=1) + jnp.diff(ratio[:, bounds], axis=1)
+        parts = jnp.where(usable[:, None], parts, jnp.nan)
+        return jnp.sum(jnp.stack([_variances(part[None], clip)[0] for part in parts.T]))
+
+    return Divergence(value, detach=True, extra=potential.init, extra_rate=2e-3)
 
 
 def trajectory_balance(clip: float | None = 20.0, log_z: float = 0.0) -> Divergence:
@@ -158,7 +236,8 @@ def trajectory_balance(clip: float | None = 20.0, log_z: float = 0.0) -> Diverge
 
     Examples:
         >>> from numpyro_sbtm.core.divergence import trajectory_balance
-        >>> float(trajectory_balance(log_z=2.0).extra)
+        >>> import jax
+        >>> float(trajectory_balance(log_z=2.0).extra(jax.random.key(0), 3))
         2.0
     """
 
@@ -168,7 +247,7 @@ def trajectory_balance(clip: float | None = 20.0, log_z: float = 0.0) -> Diverge
         square = excess**2 if clip is None else 2.0 * optax.losses.huber_loss(excess, delta=clip)
         return jnp.sum(square) / jnp.maximum(jnp.sum(keep), 1)
 
-    return Divergence(value, detach=True, extra=jnp.asarray(log_z))
+    return Divergence(value, detach=True, extra=lambda key, dim: jnp.asarray(log_z))
 
 
 def two_pass_gradient(
@@ -177,7 +256,7 @@ def two_pass_gradient(
     params: Params,
     paths: Path,
     times: Int[Array, " m"] | None = None,
-    extra: Float[Array, ""] | None = None,
+    extra: Any = None,
 ) -> tuple[Float[Array, ""], Params]:
     """Compute a detached divergence and its gradient from simulated paths, all times in parallel.
 

@@ -22,12 +22,13 @@ _MAX_INVERSION_STEPS = 50
 class Maps(NamedTuple):
     """The maps x ↦ x + h v(x), stacked: leading axis K.
 
-        v(x) = b + W (x - μ) + Rᵀ net(R (x - μ)),       R = L⁻¹.
+        v(x) = b + W (x - μ) + Q net(R (x - μ)),       R = L⁻¹.
 
     Attributes:
         params: parameters of the network.
         mean: the particles' mean μ, shape ``[K, d]``.
-        whitener: R, the inverse of a Cholesky factor L of their covariance, shape ``[K, d, d]``.
+        whitener: R, the inverse of a Cholesky factor L of their covariance C, shape ``[K, d, d]``.
+        lift: Q, that is Rᵀ, or L = C Rᵀ for velocities multiplied by C, shape ``[K, d, d]``.
         drift: b, shape ``[K, d]``.
         slope: W, shape ``[K, d, d]``.
         step_size: h, shape ``[K]``; zero for a map not made yet, which is then the identity.
@@ -36,6 +37,7 @@ class Maps(NamedTuple):
     params: Params
     mean: Float[Array, "K d"]
     whitener: Float[Array, "K d d"]
+    lift: Float[Array, "K d d"]
     drift: Float[Array, "K d"]
     slope: Float[Array, "K d d"]
     step_size: Float[Array, " K"]
@@ -44,7 +46,7 @@ class Maps(NamedTuple):
 def velocity(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
     """Evaluate v(x) for one map, without the leading axis."""
     centred = x - one.mean
-    correction = one.whitener.T @ net.apply(one.params, one.whitener @ centred)
+    correction = one.lift @ net.apply(one.params, one.whitener @ centred)
     return one.drift + one.slope @ centred + correction
 
 
@@ -138,7 +140,7 @@ def noisy_transport(net: Net, num_maps: int, base: Transition) -> Process:
         >>> from numpyro_sbtm.core.transition import standard_normal
         >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
         >>> zeros, eye = jnp.zeros((1, 2)), jnp.eye(2)[None]
-        >>> maps = Maps((), zeros, eye, zeros, 0.0 * eye, jnp.array([0.5]))
+        >>> maps = Maps((), zeros, eye, eye, zeros, 0.0 * eye, jnp.array([0.5]))
         >>> process = noisy_transport(still, 1, standard_normal(2))
         >>> process.forward((maps, jnp.array(1.0)), jnp.array(0), jnp.ones(2), -jnp.ones(2)).mean.tolist()
         [0.5, 0.5]

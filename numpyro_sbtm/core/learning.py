@@ -16,7 +16,7 @@ from numpyro_sbtm.core.score import implicit_score_loss, implicit_score_losses
 from numpyro_sbtm.core.target import Key, Params, VectorField
 from numpyro_sbtm.core.transition import Transition
 
-__all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "velocity_fit"]
+__all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "precondition", "velocity_fit"]
 
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
@@ -61,7 +61,20 @@ def affine_part(particles: Cloud, params: Params) -> Maps:
     tril = jnp.linalg.cholesky(cov + 1e-6 * jnp.mean(jnp.diagonal(cov)) * jnp.eye(dim))
     whitener = jax.scipy.linalg.solve_triangular(tril, jnp.eye(dim), lower=True)
     slope = (jnp.eye(dim) + particles.scores.T @ centred / n) @ (whitener.T @ whitener)
-    return Maps(params, mean, whitener, jnp.mean(particles.scores, 0), slope, jnp.zeros((), mean.dtype))
+    return Maps(
+        params, mean, whitener, whitener.T, jnp.mean(particles.scores, 0), slope, jnp.zeros((), mean.dtype)
+    )
+
+
+def precondition(one: Maps) -> Maps:
+    """Multiply a velocity by the particles' covariance C, a metric in which all directions relax alike.
+
+    Reference:
+        Chen, Huang, Huang, Reich & Stuart (2023), Gradient flows for sampling, arXiv:2302.11024, section 4
+        (affine invariance).
+    """
+    cov = jnp.linalg.inv(one.whitener.T @ one.whitener)
+    return one._replace(drift=cov @ one.drift, slope=cov @ one.slope, lift=cov @ one.lift)
 
 
 class VelocityFit(NamedTuple):

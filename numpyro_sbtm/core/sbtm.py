@@ -20,7 +20,7 @@ from numpyro_sbtm.core.anneal import Annealing, next_level
 from numpyro_sbtm.core.dissipation import Dissipation, dissipation
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push, velocity
-from numpyro_sbtm.core.learning import Cloud, affine_part, bounded, velocity_fit
+from numpyro_sbtm.core.learning import Cloud, affine_part, bounded, precondition, velocity_fit
 from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.quasi import quasi_normal
@@ -106,6 +106,7 @@ def sbtm(
     num_probes: int = 1024,
     first_updates: int = 0,
     quasi: bool = False,
+    preconditioned: bool = False,
 ) -> Algorithm:
     """Make the algorithm of score-based transport modelling.
 
@@ -143,6 +144,8 @@ def sbtm(
             score is.
         quasi: whether particles and held-out points start with low discrepancy instead of independently; the
             base must be a `Gaussian`. Errors of means over them are then smaller than their standard errors.
+        preconditioned: whether velocities are multiplied by the particles' covariance, so that near the end
+            stiff directions relax like all others; time is then in units of that. Not with noise.
 
     Returns:
         The algorithm. A map costs n + m gradients; a draw costs one and K (d + 1) evaluations of the network,
@@ -182,6 +185,11 @@ def sbtm(
     if noisy and annealing is not None:
         raise ValueError(
             "`annealing` asks for a flow: noisy draws move by the target's own score. Pass `noisy=False`."
+        )
+    if noisy and preconditioned:
+        raise ValueError(
+            "`preconditioned` asks for a flow: noisy draws take the same noise in all directions. Pass "
+            "`noisy=False`."
         )
     base = standard_normal(dim) if base is None else base
     if quasi and not isinstance(base, Gaussian):
@@ -285,7 +293,8 @@ def sbtm(
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
 
     def move(key: Key, state: SBTMState) -> SBTMState:
-        used = learning.trim(state.current, probes_of(state))
+        plain = learning.trim(state.current, probes_of(state))
+        used = precondition(plain) if preconditioned else plain
 
         def field(x: Float[Array, " d"]) -> Float[Array, " d"]:
             return velocity(net, used, x)
@@ -315,7 +324,8 @@ def sbtm(
             scores, probe_scores, target_scores, log_target = look(level, particles, probes)
             log_q = state.probe_log_q - change
             slopes = jax.vmap(lambda x: divergence_of(field, x, None))(state.probes)  # has these Jacobians
-        now = dissipation(jax.vmap(field)(state.probes), slopes, state.target_scores)
+        against = jax.vmap(lambda x: velocity(net, plain, x))(state.probes) if preconditioned else None
+        now = dissipation(jax.vmap(field)(state.probes), slopes, state.target_scores, against)
         current = affine_part(Cloud(particles, scores), state.current.params)
         divergence, variance = judge(log_q, log_target)
         moved = state._replace(
