@@ -2,8 +2,8 @@
 """Run a suite, append its rows to a file of JSON lines, and print their medians over seeds as a table.
 
 python -m benchmarks posteriors [--only NAME;...] [--samplers nuts;smc;dis;sbtm] [--seeds 3] [--output FILE]
-python -m benchmarks diffusions [--only NAME;...] [--samplers default] [--seeds 3] [--output FILE]
-python -m benchmarks sbtm [--only NAME;...] [--samplers sbtm;langevin] [--seeds 5] [--output FILE]
+python -m benchmarks diffusions [--only NAME;...] [--samplers NAME] [--seeds 3] [--output F] [--report DIR]
+python -m benchmarks sbtm [--only NAME;...] [--samplers sbtm;langevin] [--seeds 5] [--output F] [--report DIR]
 python -m benchmarks steps [--only "256 x 64"] [--output FILE]
 """
 
@@ -50,6 +50,13 @@ def line(cells):
     return "| " + " | ".join(cells) + " |"
 
 
+def save(figure, folder, name):
+    """Save a figure; returns the line of a report that shows it."""
+    file = "".join(c if c.isalnum() else "-" for c in name) + ".png"
+    figure.savefig(folder / file, dpi=100)
+    return f"![{name}]({file})"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,7 +66,10 @@ def main():
     parser.add_argument("--samplers", default="", help="names of samplers with semicolons between them")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     parser.add_argument("--output", type=Path, help="a file of JSON lines to append to")
+    parser.add_argument("--report", type=Path, help="a folder for the table with pictures of the first seed")
     args = parser.parse_args()
+    if args.report:
+        args.report.mkdir(parents=True, exist_ok=True)
     suite = SUITES[args.suite]
     problems = [name for name in args.only.split(";") if name] or list(suite.PROBLEMS)
     samplers = [name for name in args.samplers.split(";") if name] or list(suite.SAMPLERS)
@@ -67,17 +77,30 @@ def main():
         if unknown := set(name) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {'; '.join(known)}")
     origin = provenance()
-    print(line(suite.COLUMNS) + "\n|" + "---|" * len(suite.COLUMNS))
+    lines = [line(suite.COLUMNS), "|" + "---|" * len(suite.COLUMNS)]
+    print(*lines, sep="\n")
+    pictures, every = [], []
     for problem in problems:
         for sampler in samplers:
             rows = []
             for seed in range(args.seeds):
                 rows.append(suite.measure(problem, sampler, seed))
+                figure = rows[-1].pop("figure", None)
+                if args.report and figure and seed == 0:
+                    pictures.append(save(figure(), args.report, f"{problem}, {sampler}"))
                 if args.output:
-                    with args.output.open("a") as lines:
+                    with args.output.open("a") as file:
                         row = {"suite": args.suite, "seed": seed, **rows[-1]}
-                        lines.write(json.dumps(row | origin) + "\n")
-            print(line(suite.cells(median(rows))), flush=True)
+                        file.write(json.dumps(row | origin) + "\n")
+            every += rows
+            lines.append(line(suite.cells(median(rows))))
+            print(lines[-1], flush=True)
+    if args.report:
+        if hasattr(suite, "overview"):
+            pictures.insert(0, save(suite.overview(every), args.report, "overview"))
+        head = f"# {args.suite}\n\nMedians of {args.seeds} seeds. {json.dumps(origin)}"
+        text = "\n\n".join([head, "\n".join(lines), *pictures])
+        (args.report / "report.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

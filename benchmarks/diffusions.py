@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.chains import timed_chains
-from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, report, targets
+from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, plots, report, targets
 from numpyro_sbtm.core.target import Target
 
-__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
+__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure", "overview"]
 
 NUM_WARMUP = 2000
 NUM_PROPOSALS = 16_384
@@ -87,14 +87,21 @@ def _plain(process, divergence):
     )
 
 
-SAMPLERS = {
-    "default": LogVarianceDISKernel,
-    "single paths": partial(LogVarianceDISKernel, smc_particles=0),
-} | {
-    f"{process}, {divergence}": _plain(process, divergence)
-    for process in ("pis-control", "dis-euler", "dds-control")
-    for divergence in ("kl", "log-variance")
-}
+SAMPLERS = (
+    {
+        "default": LogVarianceDISKernel,
+        "single paths": partial(LogVarianceDISKernel, smc_particles=0),
+    }
+    | {
+        f"{process}, {divergence}": _plain(process, divergence)
+        for process in ("pis-control", "dis-euler", "dds-control")
+        for divergence in ("kl", "log-variance")
+    }
+    | {
+        f"dis, {divergence}": _plain("dis", divergence)
+        for divergence in ("kl", "log-variance", "sub-trajectory-log-variance", "trajectory-balance")
+    }
+)
 
 
 def _sinkhorn(x, y):
@@ -143,7 +150,37 @@ def measure(name, sampler, seed):
         row["mass_error"] = float(np.abs(off).max())
         row["mass_tv"] = float(0.5 * np.abs(off).sum())
         row["modes_found"] = int(np.sum(target.modes.masses + off > 0.2 * target.modes.masses))
-    return row
+    return row | {"figure": partial(_figure, target, found, np.asarray(draws))}
+
+
+def _figure(target, found, draws):
+    """Draw the training, the weights, and the draws over the target."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    plots.training_curve(axes[0], found.training)
+    plots.log_weights(axes[1], found.log_weight, target.log_z)
+    logdensity = jax.jit(jax.vmap(target.logdensity_fn))
+    plots.points(axes[2], draws, lambda grid: np.asarray(logdensity(grid)))
+    return figure
+
+
+def overview(rows):
+    """Draw the gap of every sampler against its seconds of warm-up, a panel for every problem."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.5 * len(names), 3.5), layout="constrained", squeeze=False
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        for sampler in dict.fromkeys(row["sampler"] for row in rows):
+            those = [row for row in rows if row["problem"] == name and row["sampler"] == sampler]
+            seconds, gaps = ([row[key] for row in those] for key in ("warmup_s", "gap"))
+            ax.loglog(seconds, np.maximum(gaps, 1e-4), "o", label=sampler)
+        ax.set(xlabel="seconds of warm-up", ylabel="log Z - ELBO", title=name)
+    axes[0, 0].legend(frameon=False, fontsize="small")
+    return figure
 
 
 COLUMNS = (

@@ -20,7 +20,7 @@ from scipy.linalg import solve_banded
 from scipy.stats import gaussian_kde
 
 from benchmarks.particles import langevin, plain_transport, svgd
-from numpyro_sbtm import targets
+from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
 from numpyro_sbtm.core.target import Target
@@ -214,7 +214,8 @@ def _transport(problem, seed, annealing: Annealing | None = None, preconditioned
     if problem.true_dissipation is not None and annealing is None and not preconditioned:
         row["dissipation_error"] = _dissipation_error(problem, state)
     row |= _weighed(problem, algorithm, state, seed)
-    return state.particles, row
+    history = state.maps.step_size, state.divergence, state.dissipation.fisher, state.dissipation.dissipation
+    return state.particles, row | {"history": [np.asarray(part) for part in history]}
 
 
 def _dissipation_error(problem, state):
@@ -294,7 +295,21 @@ def measure(name, sampler, seed):
         problem = problem._replace(num_particles=MAX_SVGD)
     x, row = SAMPLERS[sampler](problem, seed)
     row |= {"problem": name, "sampler": sampler, "num_particles": problem.num_particles}
+    row |= {"figure": partial(_figure, problem, np.asarray(x), row.pop("history", None))}
     return row | _distances(problem, x, seed)
+
+
+def _figure(problem, x, history):
+    """Draw the particles over the target, and what transport did on the way."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 1 if history is None else 2, figsize=(9, 4), layout="constrained")
+    axes = np.atleast_1d(axes)
+    logdensity = jax.jit(jax.vmap(problem.target.logdensity_fn))
+    plots.points(axes[0], x, lambda grid: np.asarray(logdensity(grid)))
+    if history is not None:
+        plots.transport(axes[1], *history)
+    return figure
 
 
 COLUMNS = (

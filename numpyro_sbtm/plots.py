@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a run. Every function takes the axes to draw on; the only module that needs matplotlib."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["log_weights", "training_curve", "transport"]
+__all__ = ["log_weights", "points", "training_curve", "transport"]
 
 
 def training_curve(ax: "Axes", loss: Float[np.ndarray, " n"], *, window: int = 20) -> None:
@@ -45,6 +46,36 @@ def log_weights(ax: "Axes", log_weight: Float[np.ndarray, " n"], log_evidence: f
         ax.axvline(log_evidence, color="k", lw=1, label="log evidence")
         ax.legend(frameon=False)
     ax.set(xlabel="log weight", yticks=[], title="Fresh proposals")
+
+
+def points(
+    ax: "Axes",
+    x: Float[np.ndarray, "n d"],
+    logdensity: Callable[[Float[np.ndarray, "m d"]], Float[np.ndarray, " m"]] | None = None,
+) -> None:
+    """Draw points over a density: a histogram on the line, otherwise a scatter plot of two coordinates.
+
+    Args:
+        ax: matplotlib axes.
+        x: shape ``[n, d]``; of more than two coordinates the first two are drawn, without a density.
+        logdensity: of a batch of points, up to a constant; None for the points alone.
+    """
+    x = x[np.all(np.isfinite(x), -1)]
+    if x.shape[1] == 1:
+        ax.hist(x[:, 0], bins=80, density=True, alpha=0.5)
+        if logdensity is not None:
+            grid = np.linspace(*ax.get_xlim(), 400)
+            value = np.exp(logdensity(grid[:, None]))
+            ax.plot(grid, value / np.trapezoid(value, grid), "k", lw=1)
+        ax.set(xlabel="x", yticks=[], title="Points")
+        return
+    ax.scatter(x[:, 0], x[:, 1], s=1, alpha=0.3, rasterized=True)
+    if logdensity is not None and x.shape[1] == 2:
+        axes = [np.linspace(*limits, 200) for limits in (ax.get_xlim(), ax.get_ylim())]
+        grid = np.stack(np.meshgrid(*axes), -1)
+        value = logdensity(grid.reshape(-1, 2)).reshape(grid.shape[:2])
+        ax.contour(*axes, value - value.max(), levels=[-4.5, -2.0, -0.5], colors="k", linewidths=0.5)
+    ax.set(xlabel="first coordinate", ylabel="second coordinate", title="Points")
 
 
 def transport(

@@ -33,6 +33,22 @@ def test_log_weights_survive_non_finite_ones(ax):
     np.testing.assert_allclose(ax.lines[0].get_xdata(), 1.5)
 
 
+def test_points_on_the_line_lie_under_their_density(ax):
+    x = np.random.default_rng(0).normal(size=(500, 1))
+    plots.points(ax, np.append(x, [[np.nan]], 0), lambda x: 3.0 - 0.5 * x[:, 0] ** 2)
+    curve = ax.lines[0]
+    np.testing.assert_allclose(np.max(curve.get_ydata()), (2 * np.pi) ** -0.5, rtol=0.02)
+    assert sum(patch.get_height() * patch.get_width() for patch in ax.patches) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_points_show_two_coordinates_and_contours_on_the_plane(ax, dim):
+    x = np.random.default_rng(0).normal(size=(50, dim))
+    plots.points(ax, x, lambda x: -0.5 * np.sum(x**2, -1))
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), x[:, :2])
+    assert (len(ax.collections) > 1) == (dim == 2)
+
+
 def test_transport_shows_the_maps_that_were_made(ax):
     step_size = np.array([0.1, 0.2, 0.0])
     divergence = np.array([3.0, 1.0, 1.5, np.inf])
