@@ -160,7 +160,7 @@ def smc(problem, seed):
     target = Target(logdensity(setup, problem.args, {}, False), dim)
     centre, spread = jnp.median(setup.scouts, 0), jnp.std(setup.scouts, 0)
     base = Mixture(jnp.zeros(1), None, centre[None], 2.0 * spread[None])
-    particles, log_z, gradients = jax.block_until_ready(
+    particles, log_z, gradients, _ = jax.block_until_ready(
         jax.jit(lambda key: tempered_particles(key, target, base))(key_run)
     )
     seconds = time.perf_counter() - start

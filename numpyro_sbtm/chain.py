@@ -49,6 +49,7 @@ class WarmStart(NamedTuple):
         points: points that resemble whitened draws, or None, shape ``[m, d]``.
         ess_fraction: effective sample fraction of draws from it.
         khat: Pareto k̂ of their weights.
+        drift: by what part a variance of tempered particles still changed, at least, shape ``[]``.
         step_size: of local moves; None where there are none, shape ``[]``.
         gradients: target gradients spent.
     """
@@ -58,6 +59,7 @@ class WarmStart(NamedTuple):
     points: Float[Array, "m d"] | None
     ess_fraction: Float[Array, ""]
     khat: Float[Array, ""]
+    drift: Float[Array, ""]
     step_size: Float[Array, ""] | None
     gradients: Int[Array, ""]
 
@@ -206,9 +208,9 @@ def learned_chain(
             whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
             key_points, key = jax.random.split(key)
             points = jax.vmap(normal(dim).sample)(jax.random.split(key_points, _NUM_ADAPTING))
-            return whitening, normal(dim), points, jnp.zeros((), jnp.int32), key
+            return whitening, normal(dim), points, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
 
-        def check(whitening, reference, points, gradients, key):  # type: ignore[no-untyped-def]
+        def check(whitening, reference, points, gradients, drift, key):  # type: ignore[no-untyped-def]
             key_check, key_adapt = jax.random.split(key)
             white = whiten(target, whitening)
             draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
@@ -224,7 +226,8 @@ def learned_chain(
             # neighbours among tempered particles descend from one another: take them evenly spaced
             kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
             fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, tail_index))
-            return whitening, reference, kept, fraction, khat, step_size, gradients.astype(jnp.int32)
+            drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
+            return whitening, reference, kept, fraction, khat, drift, step_size, gradients
 
         auto = isinstance(precondition, str)
         stages = warm_start(target, jnp.asarray(problem.order)) if auto else [given]

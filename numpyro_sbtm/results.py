@@ -40,6 +40,7 @@ _MIN_ESS = (-0.1, -0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
 _MAX_RHAT = (1.02, 1.1)
 _MAX_DISAGREEMENT = (0.5, 2.0)
+_MAX_DRIFT = (0.02, np.inf)
 
 
 def pareto_khat(log_weight: Float[Array, " n"]) -> float:
@@ -88,6 +89,8 @@ class Report:
             where it is near one, there was nothing to learn.
         warm_start_khat: Pareto k̂ of their weights. With an effective fraction above 0.5 and k̂ below 0.5
             training is cut to a quarter of warm-up.
+        warm_start_drift: by what part at least moves that leave the posterior invariant still changed a
+            variance of the warm start's particles; above zero, they had not arrived everywhere.
         training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``;
             NaN for steps that were not needed.
         training_steps: warm-up steps after which training gained nothing more and stopped.
@@ -113,6 +116,7 @@ class Report:
     max_rhat: float
     warm_start_ess_fraction: float
     warm_start_khat: float
+    warm_start_drift: float
     training: np.ndarray
     training_steps: int
     skipped_updates: int
@@ -143,6 +147,8 @@ class Report:
             ("non-finite proposals", f"{self.nonfinite_proposals}"),
             ("target gradients in warm-up", f"{self.gradients:,}"),
         ]
+        if self.warm_start_drift > 0:
+            rows.append(("warm start's particles", f"still spreading (drift {self.warm_start_drift:.3f})"))
         if self.ensemble:
             rows.append(("proposals", "each chosen among several (`smc_particles`)"))
         if self.not_one_to_one > 0:
@@ -231,6 +237,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         disagreement = abs(backward - log_z) if np.isfinite(backward) else 0.0
         log_z_se = max(log_z_se, disagreement, float(unseen_share(log_weight, khat)))
     ensemble = state.training.ensemble is not None and bool(np.any(np.asarray(state.training.ensemble)))
+    drift = float(np.max(np.asarray(state.training.warm.drift)))
     verdict, advice = _judge(
         kernel.correction,
         ensemble,
@@ -241,6 +248,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         folded,
         max_rhat,
         backward - log_z,
+        drift,
     )
     return Report(
         verdict=verdict,
@@ -255,6 +263,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         max_rhat=max_rhat,
         warm_start_ess_fraction=float(np.min(np.asarray(state.training.warm.ess_fraction))),
         warm_start_khat=float(np.max(np.asarray(state.training.warm.khat))),
+        warm_start_drift=drift,
         training=np.asarray(state.training.loss),
         training_steps=int(np.max(np.asarray(state.training.num_steps))),
         skipped_updates=int(np.sum(np.asarray(state.training.skipped_updates))),
@@ -289,6 +298,7 @@ def _judge(
     folded: float,
     max_rhat: float,
     disagreement: float,
+    drift: float,
 ) -> tuple[Verdict, str]:
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
@@ -321,6 +331,12 @@ def _judge(
             _MAX_DISAGREEMENT,
             f"log evidence from proposals and from the chains' states differ by {abs(disagreement):.2f}: "
             f"something is hardly ever proposed; {longer}",
+        ),
+        (
+            drift,
+            _MAX_DRIFT,
+            "particles of the warm start had not arrived everywhere and may have missed a part of the "
+            "posterior: compare with another seed or kernel, or give a wider start (`init_strategy`)",
         ),
         (rhat, _MAX_RHAT, f"chains disagree (R-hat {rhat:.2f}): draw more samples, or {longer}"),
     ]

@@ -46,15 +46,17 @@ _MOVES, _LEAPS = 3, 8  # HMC transitions per temperature, leapfrog steps of each
 _TARGET_ACCEPTANCE = 0.7
 _SMALLEST_STEP = 0.1  # step sizes of HMC vary by this factor, so that some particles enter narrow places
 _LAST_ROUNDS = 5  # of moves at the target itself
+_MAX_ROUNDS = 15  # where particles still spread
 
 
 def tempered_particles(
     key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES
-) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""]]:
+) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
     Temperatures keep the effective sample size of every reweighting at 0.7 of the particles. Step sizes
-    are random, and follow the acceptance rate. A log density that is not finite counts as very low.
+    are random, and follow the acceptance rate. A log density that is not finite counts as very low. At the
+    target itself moves go on for longer where they change a variance (see `_drift`).
 
     Args:
         key: random key.
@@ -63,8 +65,9 @@ def tempered_particles(
         num_particles: n.
 
     Returns:
-        Particles of equal weight, shape ``[n, d]``, an estimate of log Z, shape ``[]``, and the number of
-        target gradients spent.
+        Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; the number of target
+        gradients spent; and by what part moves at the target itself have changed a variance at least, zero
+        where that is within noise: beyond it particles had not arrived, and may not have now.
 
     Reference:
         Del Moral, Doucet & Jasra (2006), Sequential Monte Carlo samplers; blackjax runs it.
@@ -75,9 +78,11 @@ def tempered_particles(
         >>> from numpyro_sbtm.core.mixture import normal
         >>> from numpyro_sbtm.warm_start import tempered_particles
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2 / 0.01), 2)
-        >>> x, log_z, gradients = tempered_particles(jax.random.key(0), target, normal(2), num_particles=500)
+        >>> x, log_z, gradients, drift = tempered_particles(jax.random.key(0), target, normal(2), 500)
         >>> x.mean(0).round(1).tolist()
         [1.0, 1.0]
+        >>> float(drift)
+        0.0
     """
     dim = target.dim
 
@@ -97,7 +102,9 @@ def tempered_particles(
     )
 
     def advance(carry):  # type: ignore[no-untyped-def]
-        k, rounds, state, step_size, log_z = carry
+        k, rounds, arrived, state, step_size, log_z = carry
+        # blackjax resamples, moves and then weighs: the first round at the target ends the tempering
+        arrived = jnp.where(rounds <= 1, state.particles, arrived)
         spread = jax.random.uniform(jax.random.fold_in(key_steps, k), (num_particles,), particles.dtype)
         parameters = {
             "step_size": step_size * _SMALLEST_STEP**spread,
@@ -108,19 +115,34 @@ def tempered_particles(
         state, info = kernel(jax.random.fold_in(key_loop, k), state, _MOVES, parameters)
         acceptance = jnp.mean(info.update_info.acceptance_rate)
         step_size = step_size * jnp.exp(2.0 * (acceptance - _TARGET_ACCEPTANCE))
-        return k + 1, rounds, state, step_size, log_z + info.log_likelihood_increment
+        return k + 1, rounds, arrived, state, step_size, log_z + info.log_likelihood_increment
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
-        k, rounds, *_ = carry
-        return (rounds < _LAST_ROUNDS) & (k < _MAX_TEMPERATURES)
+        k, rounds, arrived, state, *_ = carry
+        spreading = (rounds < _MAX_ROUNDS) & (_drift(arrived, state.particles) > 0.0)
+        return ((rounds < _LAST_ROUNDS) | spreading) & (k < _MAX_TEMPERATURES)
 
     state = adaptive_tempered.init(particles)
     state = state._replace(tempering_param=jnp.zeros((), particles.dtype))
     step_size = jnp.asarray(0.5 / dim**0.25, particles.dtype)
     none = jnp.zeros((), jnp.int32)
-    carry = none, none, state, step_size, jnp.zeros((), particles.dtype)
-    temperatures, _, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
-    return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS)
+    carry = none, none, particles, state, step_size, jnp.zeros((), particles.dtype)
+    temperatures, _, arrived, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
+    drift = jnp.where(state.tempering_param < 1.0, jnp.inf, _drift(arrived, state.particles))
+    return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS), drift
+
+
+def _drift(before: Float[Array, "n d"], after: Float[Array, "n d"]) -> Float[Array, ""]:
+    """Bound from below by what part the variance of a coordinate has changed between positions of particles.
+
+    Three standard errors of the mean change are taken off. In equilibrium moves change no variance; particles
+    that tempering has not carried everywhere go on spreading.
+    """
+    centre = jnp.mean(before, 0)
+    first, change = (before - centre) ** 2, (after - centre) ** 2 - (before - centre) ** 2
+    error = jnp.std(change, 0) / len(before) ** 0.5
+    part = (jnp.abs(jnp.mean(change, 0)) - 3.0 * error) / jnp.maximum(jnp.mean(first, 0), 1e-30)
+    return jnp.maximum(jnp.max(part), 0.0)
 
 
 def _covering(scouts: Float[Array, "m d"]) -> Mixture:
@@ -199,7 +221,7 @@ def warm_start(target: Target, order: Int[Array, " d"]) -> list[Stage]:
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
         shape ``[n, d]``; the number of target gradients spent, without those of the climbs, which are few;
-        and a random key for what comes next.
+        the particles' drift (see `tempered_particles`); and a random key for what comes next.
     """
     if target.dim > _DENSE:
         return _wide_warm_start(target)
@@ -225,7 +247,8 @@ def _choose(
     particles: Float[Array, "n d"],
     log_z: Float[Array, ""],
     gradients: Int[Array, ""],
-) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""], Key]:
+    drift: Float[Array, ""],
+) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""], Float[Array, ""], Key]:
     """Choose the map and the mixture, from what was found and the particles that ``first`` whitens."""
     n, dim = particles.shape
     size = max_components(n, dim)
@@ -268,7 +291,7 @@ def _choose(
     carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
-    return whitening, mixture, u, found.gradients + gradients, keys[4]
+    return whitening, mixture, u, found.gradients + gradients, drift, keys[4]
 
 
 def _wide_warm_start(target: Target) -> list[Stage]:
@@ -280,17 +303,17 @@ def _wide_warm_start(target: Target) -> list[Stage]:
         return keys, flat, gradients, _covering(jax.vmap(lambda x: invert(flat, x)[0])(scouts))
 
     def temper(keys, flat, gradients, base):  # type: ignore[no-untyped-def]
-        particles, _, more = tempered_particles(keys[1], whiten(target, flat), base)
-        return keys, flat, particles, gradients + more
+        particles, _, more, drift = tempered_particles(keys[1], whiten(target, flat), base)
+        return keys, flat, particles, gradients + more, drift
 
-    def polish(keys, flat, particles, gradients):  # type: ignore[no-untyped-def]
+    def polish(keys, flat, particles, gradients, drift):  # type: ignore[no-untyped-def]
         # particles do not move far along a stiff direction: the fit ends by variational inference again
         usable = jnp.all(jnp.isfinite(particles))
         particles = jnp.where(usable, particles, 0.0)
         guess = _leading_directions(keys[2], flat, particles, usable)
         whitening, last = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
         u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(particles)
-        return whitening, normal(target.dim), u, gradients + last, keys[4]
+        return whitening, normal(target.dim), u, gradients + last, drift, keys[4]
 
     return [seek, temper, polish]
 

@@ -204,9 +204,18 @@ def test_expectation_maximisation_finds_a_mixture():
 def test_tempered_particles_weigh_separated_modes():
     target = two_modes()
     far = Target(lambda x: target.logdensity_fn(x / 4.0) - 2 * jnp.log(4.0) + 1.5, 2)
-    x, log_z, _ = jax.jit(lambda key: tempered_particles(key, far, normal(2, 8.0)))(jax.random.key(0))
+    x, log_z, *_ = jax.jit(lambda key: tempered_particles(key, far, normal(2, 8.0)))(jax.random.key(0))
     assert abs(float(log_z) - 1.5) < 0.1
     assert abs(float(jnp.mean(x[:, 0] < 0)) - 0.3) < 0.05
+
+
+@pytest.mark.parametrize(("spread", "arrived"), [(4.0, True), (0.3, False)])
+def test_particles_that_had_not_arrived_are_known_by_their_drift(spread, arrived):
+    wide = gaussian(np.zeros(2), 9.0 * np.eye(2))
+    run = jax.jit(lambda key: tempered_particles(key, wide, normal(2, spread)))
+    x, _, gradients, drift = run(jax.random.key(0))
+    assert (drift == 0.0) == arrived
+    assert jnp.all(jnp.isfinite(x)) and gradients > 0
 
 
 def narrow_and_wide(x):
