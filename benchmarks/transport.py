@@ -26,7 +26,7 @@ from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
-from numpyro_sbtm.networks import score_mlp
+from numpyro_sbtm.networks import radial, score_mlp
 
 __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
 
@@ -166,13 +166,22 @@ def _distances(problem, x, seed):
     return found
 
 
-def _transport(problem, seed, annealing: Annealing | None = None, preconditioned=False):
-    """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
+def _network(problem):
+    """What learns a velocity: a network, and its optimiser."""
     schedule = optax.cosine_decay_schedule(RATE, 10 * problem.num_steps, alpha=0.1)
+    return score_mlp(problem.width), optax.adam(schedule)
+
+
+def _kernel(problem):
+    """Or radial functions, without training."""
+    return radial(64, 0.4), None
+
+
+def _transport(problem, seed, annealing: Annealing | None = None, preconditioned=False, learner=_network):
+    """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
     algorithm = sbtm(
         problem.target,
-        score_mlp(problem.width),
-        optax.adam(schedule),
+        *learner(problem),
         num_particles=problem.num_particles,
         num_maps=problem.num_steps,
         num_updates=10,
@@ -280,6 +289,7 @@ SAMPLERS = {
     "sbtm, geometric": partial(_transport, annealing=geometric()),
     "sbtm, adaptive": partial(_transport, annealing=geometric(conditional_ess=0.98)),
     "sbtm, dilation": partial(_transport, annealing=dilation()),
+    "sbtm, kernel score": partial(_transport, learner=_kernel),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),
     "plain sbtm": lambda problem, seed: _particles(partial(plain_transport, std=problem.std), problem, seed),
     "langevin": partial(_particles, langevin),

@@ -12,13 +12,23 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.core.algorithm import guarded_update
 from numpyro_sbtm.core.flow import Maps, velocity
 from numpyro_sbtm.core.process import Net
-from numpyro_sbtm.core.score import implicit_score_loss, implicit_score_losses
+from numpyro_sbtm.core.score import divergence_of, implicit_score_loss, implicit_score_losses
 from numpyro_sbtm.core.target import Key, Params, VectorField
 from numpyro_sbtm.core.transition import Transition
 
-__all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "precondition", "velocity_fit"]
+__all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "kernel_fit", "precondition", "velocity_fit"]
 
+_RIDGES = (
+    10.0,
+    1.0,
+    1e-1,
+    1e-2,
+    1e-3,
+    1e-4,
+    1e-5,
+)  # of the mean squared feature, among which held-out points choose
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
+_TOGETHER = 512  # points whose features are in memory at a time
 _CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
 
 
@@ -125,8 +135,7 @@ def velocity_fit(
         return lambda y: velocity(net, one, y)
 
     def held_out(params: Params, current: Maps, probes: Cloud) -> Float[Array, " m"]:
-        # one key for all that is compared
-        return implicit_score_losses(field(params, current), probes.x, probes.scores, jax.random.key(0))
+        return _held_out(net, params, current, probes)
 
     def first_fit(key: Key, current: Maps, opt_state: optax.OptState, particles: Cloud):  # type: ignore[no-untyped-def]
         """Fit the first velocity, which is known at the particles, by least squares."""
@@ -186,12 +195,82 @@ def velocity_fit(
         return params, opt_state, loss, skipped
 
     def trim(current: Maps, probes: Cloud) -> Maps:
-        if max_rounds == 1:
-            return current
-        blank = jax.tree.map(jnp.zeros_like, current.params)
-        gain = held_out(blank, current, probes) - held_out(current.params, current, probes)
-        needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / len(gain) ** 0.5
-        params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, current.params)
-        return current._replace(params=params)
+        return current if max_rounds == 1 else _trim(net, current, probes)
 
     return VelocityFit(train, trim)
+
+
+def _held_out(net: Net, params: Params, current: Maps, probes: Cloud) -> Float[Array, " m"]:
+    """Compute the score matching losses of held-out points, with one key for all that is compared."""
+    one = current._replace(params=params)
+    return implicit_score_losses(lambda y: velocity(net, one, y), probes.x, probes.scores, jax.random.key(0))
+
+
+def _trim(net: Net, current: Maps, probes: Cloud) -> Maps:
+    """Leave a network out that does not improve the loss of held-out points clearly."""
+    blank = jax.tree.map(jnp.zeros_like, current.params)
+    gain = _held_out(net, blank, current, probes) - _held_out(net, current.params, current, probes)
+    needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / len(gain) ** 0.5
+    params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, current.params)
+    return current._replace(params=params)
+
+
+def kernel_fit(net: Net, base: Transition) -> VelocityFit:
+    """Make the fit of velocities that are linear in their parameters θ: in closed form, every map anew.
+
+    For v(x) = v_0(x) + Φ(x) θ the score matching loss is quadratic,
+
+        θ = (E[ΦᵀΦ] + λ I)⁻¹ E[Φᵀ (g - v_0) + ∇·Φ],
+
+    without an optimiser, a start or a lag. The ridge λ is the one of a few under which held-out points have
+    the least loss. The first velocity is known, g - ∇log base, and is fitted by least squares.
+
+    Args:
+        net: ``apply(params, u)`` is linear in ``params``, a vector (see `numpyro_sbtm.networks.radial`).
+        base: the particles' first law.
+
+    Reference:
+        Hyvärinen (2007), Some extensions of score matching, section 4 (closed form for exponential families);
+        Zhou, Shi & Zhu (2020), Nonparametric score estimators, arXiv:2005.10099.
+    """
+
+    def moments(current: Maps, cloud: Cloud, known: Bool[Array, ""] | bool):  # type: ignore[no-untyped-def]
+        """E[ΦᵀΦ] and what it is multiplied into, from one set of points."""
+        blank = current._replace(params=jnp.zeros_like(current.params))
+
+        def one(x: Float[Array, " d"], score: Float[Array, " d"]):  # type: ignore[no-untyped-def]
+            at = lambda params: velocity(net, blank._replace(params=params), x)  # noqa: E731
+            v, pull_back = jax.vjp(at, blank.params)
+            features = jax.vmap(lambda e: pull_back(e)[0])(jnp.eye(x.size, dtype=x.dtype))
+
+            def slope(params: Params) -> Float[Array, ""]:
+                return divergence_of(lambda y: velocity(net, blank._replace(params=params), y), x, None)
+
+            implicit = (score - v) @ features + jax.grad(slope)(blank.params)
+            explicit = (score - jax.grad(base.log_prob)(x) - v) @ features
+            return features.T @ features, jnp.where(known, explicit, implicit)
+
+        gram, right = jax.lax.map(lambda point: one(*point), cloud, batch_size=_TOGETHER)
+        return jnp.mean(gram, 0), jnp.mean(right, 0)
+
+    def train(  # type: ignore[no-untyped-def]
+        key: Key, first: Bool[Array, ""], current: Maps, opt_state, particles: Cloud, probes: Cloud
+    ):
+        del key
+        gram, right = moments(current, particles, first)
+        held_gram, held_right = moments(current, probes, False)
+        values, vectors = jnp.linalg.eigh(gram)
+        ridges = jnp.asarray(_RIDGES, gram.dtype) * jnp.mean(values)
+        turned = vectors.T @ right
+        found = jax.vmap(lambda ridge: vectors @ (turned / (jnp.maximum(values, 0.0) + ridge)))(ridges)
+        losses = jax.vmap(lambda params: params @ (held_gram @ params) - 2.0 * params @ held_right)(found)
+        params = found[jnp.argmin(losses)]
+        good = jnp.all(jnp.isfinite(params))
+        return (
+            jnp.where(good, params, current.params),
+            opt_state,
+            jnp.min(losses),
+            (~good).astype(jnp.int32),
+        )
+
+    return VelocityFit(train, lambda current, probes: current)  # a wide ridge leaves as little as it should

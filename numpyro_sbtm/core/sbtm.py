@@ -20,7 +20,14 @@ from numpyro_sbtm.core.anneal import Annealing, next_level
 from numpyro_sbtm.core.dissipation import Dissipation, dissipation
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push, velocity
-from numpyro_sbtm.core.learning import Cloud, affine_part, bounded, precondition, velocity_fit
+from numpyro_sbtm.core.learning import (
+    Cloud,
+    affine_part,
+    bounded,
+    kernel_fit,
+    precondition,
+    velocity_fit,
+)
 from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.quasi import quasi_normal
@@ -88,7 +95,7 @@ class SBTMState(NamedTuple):
 def sbtm(
     target: Target,
     net: Net,
-    optimiser: optax.GradientTransformation,
+    optimiser: optax.GradientTransformation | None,
     *,
     num_particles: int = 1024,
     num_maps: int = 50,
@@ -119,7 +126,8 @@ def sbtm(
     Args:
         target: the density π, best whitened.
         net: ``apply(params, u)`` gives the correction to a Gaussian score, shape ``[d]``.
-        optimiser: an optax optimiser.
+        optimiser: an optax optimiser. None for a net that is linear in its parameters, such as
+            `numpyro_sbtm.networks.radial`: velocities are fitted in closed form, without updates or rounds.
         num_particles: training particles, n.
         num_maps: the number of maps, K.
         steps_per_map: training steps before each map.
@@ -199,15 +207,18 @@ def sbtm(
 
     calls = 1 if annealing is None else annealing.calls
     process = noisy_transport(net, num_maps, base)
-    learning = velocity_fit(
-        net,
-        optimiser,
-        base,
-        num_updates=num_updates,
-        batch_size=batch_size,
-        max_rounds=max_rounds,
-        first_updates=first_updates,
-    )
+    if optimiser is None:
+        learning, optimiser = kernel_fit(net, base), optax.identity()
+    else:
+        learning = velocity_fit(
+            net,
+            optimiser,
+            base,
+            num_updates=num_updates,
+            batch_size=batch_size,
+            max_rounds=max_rounds,
+            first_updates=first_updates,
+        )
 
     def look(
         level: Float[Array, ""], particles: Float[Array, "n d"], probes: Float[Array, "m d"]
