@@ -28,7 +28,6 @@ _RIDGES = (
     1e-5,
 )  # of the mean squared feature, among which held-out points choose
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
-_TOGETHER = 512  # points whose features are in memory at a time
 _CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
 
 
@@ -248,10 +247,10 @@ def kernel_fit(net: Net, base: Transition) -> VelocityFit:
 
             implicit = (score - v) @ features + jax.grad(slope)(blank.params)
             explicit = (score - jax.grad(base.log_prob)(x) - v) @ features
-            return features.T @ features, jnp.where(known, explicit, implicit)
+            return features, jnp.where(known, explicit, implicit)
 
-        gram, right = jax.lax.map(lambda point: one(*point), cloud, batch_size=_TOGETHER)
-        return jnp.mean(gram, 0), jnp.mean(right, 0)
+        features, right = jax.vmap(one)(*cloud)
+        return jnp.einsum("nij,nik->jk", features, features) / len(right), jnp.mean(right, 0)
 
     def train(  # type: ignore[no-untyped-def]
         key: Key, first: Bool[Array, ""], current: Maps, opt_state, particles: Cloud, probes: Cloud
