@@ -18,15 +18,7 @@ from numpyro_sbtm.core.transition import Transition
 
 __all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "kernel_fit", "precondition", "velocity_fit"]
 
-_RIDGES = (
-    10.0,
-    1.0,
-    1e-1,
-    1e-2,
-    1e-3,
-    1e-4,
-    1e-5,
-)  # of the mean squared feature, among which held-out points choose
+_RIDGES = tuple(10.0**k for k in range(1, -6, -1))  # of the mean squared feature; held-out points choose
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
 
@@ -134,7 +126,8 @@ def velocity_fit(
         return lambda y: velocity(net, one, y)
 
     def held_out(params: Params, current: Maps, probes: Cloud) -> Float[Array, " m"]:
-        return _held_out(net, params, current, probes)
+        # one key for all that is compared
+        return implicit_score_losses(field(params, current), probes.x, probes.scores, jax.random.key(0))
 
     def first_fit(key: Key, current: Maps, opt_state: optax.OptState, particles: Cloud):  # type: ignore[no-untyped-def]
         """Fit the first velocity, which is known at the particles, by least squares."""
@@ -194,24 +187,15 @@ def velocity_fit(
         return params, opt_state, loss, skipped
 
     def trim(current: Maps, probes: Cloud) -> Maps:
-        return current if max_rounds == 1 else _trim(net, current, probes)
+        if max_rounds == 1:
+            return current
+        blank = jax.tree.map(jnp.zeros_like, current.params)
+        gain = held_out(blank, current, probes) - held_out(current.params, current, probes)
+        needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / len(gain) ** 0.5
+        params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, current.params)
+        return current._replace(params=params)
 
     return VelocityFit(train, trim)
-
-
-def _held_out(net: Net, params: Params, current: Maps, probes: Cloud) -> Float[Array, " m"]:
-    """Compute the score matching losses of held-out points, with one key for all that is compared."""
-    one = current._replace(params=params)
-    return implicit_score_losses(lambda y: velocity(net, one, y), probes.x, probes.scores, jax.random.key(0))
-
-
-def _trim(net: Net, current: Maps, probes: Cloud) -> Maps:
-    """Leave a network out that does not improve the loss of held-out points clearly."""
-    blank = jax.tree.map(jnp.zeros_like, current.params)
-    gain = _held_out(net, blank, current, probes) - _held_out(net, current.params, current, probes)
-    needless = jnp.mean(gain) < _CLEAR * jnp.std(gain) / len(gain) ** 0.5
-    params = jax.tree.map(lambda none, some: jnp.where(needless, none, some), blank, current.params)
-    return current._replace(params=params)
 
 
 def kernel_fit(net: Net, base: Transition) -> VelocityFit:
