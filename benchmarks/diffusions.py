@@ -75,7 +75,7 @@ if _DATA is not None:
     PROBLEMS |= {"ionosphere": ionosphere, "seeds": seeds, "brownian": brownian}
 
 
-def _plain(process, divergence):
+def _plain(process, divergence, **options):
     """A process on its own: no warm start, no whitening, no paths from the target's side, no local moves."""
     return partial(
         DiffusionKernel,
@@ -84,8 +84,18 @@ def _plain(process, divergence):
         precondition=None,
         local_kernel=None,
         smc_particles=0,
+        **options,
     )
 
+
+_PIECES = {
+    "coarse grids": {"coarse_steps": 10},
+    "exploration": {"exploration": 0.2},
+    "buffer": {"buffer_size": 4096},
+    "four updates": {"num_updates": 4},
+    "four updates in a trust region": {"num_updates": 4, "trust_region": 1.0},
+}
+"""Options of training, one at a time."""
 
 SAMPLERS = (
     {
@@ -101,6 +111,8 @@ SAMPLERS = (
         f"dis, {divergence}": _plain("dis", divergence)
         for divergence in ("kl", "log-variance", "sub-trajectory-log-variance", "trajectory-balance")
     }
+    | {f"dis, log-variance, {name}": _plain("dis", "log-variance", **_PIECES[name]) for name in _PIECES}
+    | {f"{process}, kl": _plain(process, "kl") for process in ("dds", "dds-learned")}
 )
 
 

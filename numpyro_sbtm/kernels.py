@@ -14,7 +14,17 @@ from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.chain import Precondition, WarmStart
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.anneal import Annealing, dilation, geometric, tempering
-from numpyro_sbtm.core.controlled import bridge, cmcd, dds, dis_control, pair, pis, rescaled
+from numpyro_sbtm.core.controlled import (
+    bridge,
+    cmcd,
+    dds,
+    dis_control,
+    learned_reference,
+    located,
+    pair,
+    pis,
+    rescaled,
+)
 from numpyro_sbtm.core.diffusion import diffusion
 from numpyro_sbtm.core.divergence import (
     Divergence,
@@ -25,7 +35,7 @@ from numpyro_sbtm.core.divergence import (
     trajectory_balance,
 )
 from numpyro_sbtm.core.mixture import moments
-from numpyro_sbtm.core.process import Process, dis
+from numpyro_sbtm.core.process import Net, Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
@@ -40,10 +50,14 @@ PROCESSES: dict[str, Callable[..., Process]] = {
     "pis-control": partial(pis, denoise=False),
     "dds": dds,
     "dds-control": partial(dds, learn_variance=False),
+    "dds-learned": lambda *options: learned_reference(dds(*options)),
     "bridge": bridge,
     "cmcd": cmcd,
 }
 """Processes by name: functions of ``(net, dim, num_steps, scale)``."""
+
+_NETS: dict[str, Callable[[Net], Net]] = {"bridge": pair, "dds-learned": located}
+"""What becomes of the denoiser where it is not alone."""
 
 DIVERGENCES: dict[str, Callable[[Process], Divergence]] = {
     "log-variance": lambda process: log_variance(),
@@ -122,10 +136,19 @@ class DiffusionKernel(LearnedKernel):
 {_MODEL.strip(chr(10))}
         process: 'dis' (the time reversal of the warm start's mixture, with a denoiser), 'pis', 'dds',
             'bridge' or 'cmcd'; for comparison also 'dis-control', 'dis-euler', 'pis-control' and
-            'dds-control', the published parametrisations. All but 'dis' start from a normal distribution
-            with the mean and the standard deviations of that mixture.
+            'dds-control', the published parametrisations, and 'dds-learned', which learns the mean and the
+            deviations of its reference. All but 'dis' start from a normal distribution with the mean and the
+            standard deviations of that mixture.
         divergence: 'log-variance', 'log-variance-per-start', 'sub-trajectory-log-variance' (four parts),
             'kl', 'kl-log-derivative' or 'trajectory-balance'.
+        num_updates: updates on each block of simulated paths, which cost no call of the target.
+        coarse_steps: 'dis' trains on so many of its steps, drawn anew for every block; None: on all.
+        exploration: at the start training simulates with noise larger by this part, which falls to nothing
+            over the first half of warm-up.
+        trust_region: with several updates, how far in nats they aim from the law of the block; None: at the
+            target.
+        buffer_size: how many ends of earlier paths are kept, by weight, as ends of backward paths for
+            training; 0: those of the warm start.
 {_DIFFUSION.strip(chr(10))}
 {_COMMON.strip(chr(10))}
 
@@ -155,6 +178,11 @@ class DiffusionKernel(LearnedKernel):
         *,
         process: str = "dis",
         divergence: str = "log-variance",
+        num_updates: int = 1,
+        coarse_steps: int | None = None,
+        exploration: float = 0.0,
+        trust_region: float | None = None,
+        buffer_size: int = 0,
         num_steps: int = 32,
         num_paths: int = 256,
         num_times: int = 16,
@@ -190,6 +218,9 @@ class DiffusionKernel(LearnedKernel):
         _check_positive(
             num_steps=num_steps, learning_rate=learning_rate, width=width, depth=depth, scale=scale
         )
+        for name, size in (("exploration", exploration), ("buffer_size", buffer_size)):
+            if size < 0:
+                raise ValueError(f"`{name}` must not be negative, got {size}.")
         for name, value, known in (
             ("process", process, PROCESSES),
             ("divergence", divergence, DIVERGENCES),
@@ -199,7 +230,10 @@ class DiffusionKernel(LearnedKernel):
         self._process, self._divergence = process, divergence  # names: kernels are pickled
         self._num_steps = num_steps
         self._num_paths = num_paths
-        self._num_times = min(num_times, num_steps)
+        self._num_times = min(num_times, num_steps, coarse_steps or num_steps)
+        self._num_updates, self._coarse_steps = num_updates, coarse_steps
+        self._exploration, self._trust_region = exploration, trust_region
+        self._buffer_size = buffer_size
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._scale = scale
@@ -210,13 +244,15 @@ class DiffusionKernel(LearnedKernel):
             net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
             process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
         else:
-            net = denoiser(*self._net)
-            net = pair(net) if self._process == "bridge" else net
+            net = _NETS.get(self._process, lambda net: net)(denoiser(*self._net))
             process = make(net, target.dim, self._num_steps, self._scale)
             process = rescaled(process, *moments(warm.reference))
         divergence = DIVERGENCES[self._divergence](process)
         schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+        explore = None
+        if self._exploration:
+            explore = optax.linear_schedule(self._exploration, 0.0, max(num_warmup // 2, 1))
         return diffusion(
             target,
             process,
@@ -225,6 +261,11 @@ class DiffusionKernel(LearnedKernel):
             optimiser,
             num_paths=self._num_paths,
             num_times=self._num_times if divergence.detach else None,
+            num_updates=self._num_updates,
+            coarse_steps=self._coarse_steps,
+            exploration=explore,
+            trust_region=self._trust_region,
+            buffer_size=self._buffer_size,
             goal=self._goal,
             endpoints=warm.points,
             smc_particles=self._smc_particles,

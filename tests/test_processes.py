@@ -4,27 +4,42 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import STILL, assert_within, batch, correlated, evaluated, run_chains, shaken, two_modes
+from helpers import (
+    STILL,
+    assert_within,
+    batch,
+    correlated,
+    evaluated,
+    run_chains,
+    shaken,
+    three_components,
+    two_modes,
+)
 from jax.flatten_util import ravel_pytree
 from test_exactness import largest_z_score
 
 from numpyro_sbtm import DiffusionKernel, report
 from numpyro_sbtm.core import (
+    Target,
+    diffusion,
     evaluate,
     kl,
     kl_log_derivative,
     log_variance,
     noise_path,
     pair,
+    reevaluate,
     rescaled,
     simulate,
     sub_trajectory_log_variance,
     trajectory_balance,
     two_pass_gradient,
 )
-from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
+from numpyro_sbtm.core.controlled import cosine_grid, located, vp_grid
 from numpyro_sbtm.core.transition import Gaussian
+from numpyro_sbtm.core.weights import reachable
 from numpyro_sbtm.kernels import DIVERGENCES, PROCESSES
 from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.targets import gaussian
@@ -33,10 +48,13 @@ CONTROLLED = [name for name in PROCESSES if name != "dis"]
 every_process = pytest.mark.parametrize("name", CONTROLLED)
 
 
+def with_network(name, net):
+    return {"bridge": pair, "dds-learned": located}.get(name, lambda net: net)(net)
+
+
 def process_of(name, num_steps=4, scale=1.0, size=0.1):
     """A process with a small network whose weights are all random."""
-    net = denoiser(width=8)
-    net = pair(net) if name == "bridge" else net
+    net = with_network(name, denoiser(width=8))
     params = net.init(jax.random.key(0), 2)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -50,7 +68,7 @@ def process_of(name, num_steps=4, scale=1.0, size=0.1):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [name for name in CONTROLLED if name != "dis-euler"])
 def test_an_untrained_process_has_constant_weight_on_its_reference(name):
-    net = pair(STILL) if name == "bridge" else STILL
+    net = with_network(name, STILL)
     process = PROCESSES[name](net, 3, 5, 1.7)
     target = gaussian(np.zeros(3), 1.7**2 * np.eye(3))
     paths = batch(process, net.init(jax.random.key(0), 3), target, 0, 50)
@@ -116,7 +134,7 @@ def test_grids_end_at_the_draw():
 
 # ------------------------------------------------------------------ divergences
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["dds", "bridge"])
+@pytest.mark.parametrize("name", ["dds", "bridge", "dds-learned"])
 def test_the_log_derivative_gradient_is_that_of_kl(name):
     """In expectation, for a learned backward chain too; tested at five standard errors."""
     process, params = process_of(name, num_steps=3)
@@ -206,9 +224,9 @@ def test_parts_need_steps(num_segments):
 def test_log_variance_per_start_does_not_see_the_law_of_the_start():
     """The time reversal of N(0, I), started elsewhere: given x_0 the laws agree."""
     process, params = shaken(2, size=0.0)
-    process = process._replace(init=Gaussian(jnp.ones(2), 3.0 * jnp.ones(2)))
+    process = process._replace(init=lambda params: Gaussian(jnp.ones(2), 3.0 * jnp.ones(2)))
     target = gaussian(np.zeros(2), np.eye(2))
-    starts = jnp.repeat(jax.vmap(process.init.sample)(jax.random.split(jax.random.key(0), 8)), 4, 0)
+    starts = jnp.repeat(jax.vmap(process.init(params).sample)(jax.random.split(jax.random.key(0), 8)), 4, 0)
     given = jnp.full((32, process.num_steps + 1, 2), jnp.nan).at[:, 0].set(starts)
     one = lambda key, xs: simulate(process, params, target, key, given=xs)  # noqa: E731
     paths = jax.vmap(one)(jax.random.split(jax.random.key(1), 32), given)
@@ -216,14 +234,119 @@ def test_log_variance_per_start_does_not_see_the_law_of_the_start():
     assert float(log_variance(paths_per_start=4).value(paths)) < 1e-18
 
 
+# ------------------------------------------------------------------ pieces of training
+@pytest.mark.usefixtures("x64")
+def test_a_process_on_some_of_its_points_is_exact_too():
+    reference = three_components()
+    process, params = shaken(2, num_steps=8, size=0.0, reference=reference)
+    points = jnp.array([0, 2, 3, 7, 8])
+    coarse, target = process.coarse(points), Target(reference.log_prob, 2)
+    # its own reversal on every grid
+    np.testing.assert_allclose(batch(coarse, params, target, 0, 50).log_weight, 0.0, atol=1e-9)
+    # and on all points it is the process itself
+    paths = batch(process, params, two_modes(), 1, 20)
+    again = evaluated(process.coarse(jnp.arange(9)), params, two_modes(), paths.xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), paths, again)
+    # a network that knows nothing of the grid leaves weights unbiased
+    process, params = shaken(2, num_steps=8)
+    weight = np.exp(np.asarray(batch(process.coarse(points), params, correlated(), 1, 10_000).log_weight))
+    assert weight.std() > 0.1
+    assert_within(weight.mean(), 1.0, weight.std() / 100)
+
+
+@pytest.mark.usefixtures("x64")
+def test_paths_that_explore_have_the_densities_of_their_points():
+    process, params = shaken(2)
+    target = two_modes()
+    keys = jax.random.split(jax.random.key(0), 500)
+    explore = lambda key: simulate(process, params, target, key, widen=jnp.asarray(1.5))  # noqa: E731
+    wide, plain = jax.vmap(explore)(keys), batch(process, params, target, 0, 500)
+    again = evaluated(process, params, target, wide.xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), wide, again)
+    assert float(jnp.mean(wide.log_forward)) < float(jnp.mean(plain.log_forward)) - 0.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_trust_region_shortens_the_way_and_keeps_its_direction():
+    process, params = shaken(2)
+    paths, divergence = batch(process, params, two_modes(), 3, 64), log_variance(None)
+    nats = 0.05
+    share = reachable(paths.log_weight, nats)
+    assert 0.0 < float(share) < 1.0
+    weight = np.exp(float(share) * np.asarray(paths.log_weight))
+    weight /= weight.sum()
+    np.testing.assert_allclose(np.sum(weight * np.log(64 * weight)), nats, rtol=1e-6)
+    aimed = jax.vmap(lambda path: reevaluate(process, params, path))(
+        jax.vmap(lambda path: path.tempered(share))(paths)
+    )
+    value, gradient = two_pass_gradient(divergence, process, params, aimed)
+    whole, direction = two_pass_gradient(divergence, process, params, paths)
+    np.testing.assert_allclose(value, share**2 * whole, rtol=1e-8)
+    np.testing.assert_allclose(gradient, share * direction, rtol=1e-7, atol=1e-10)
+    # weights of zero are outside of any region
+    assert float(reachable(jnp.array([0.0, -jnp.inf]), 0.1)) == 0.0
+
+
+def test_a_buffer_holds_ends_by_weight():
+    target = correlated()
+    process, _ = shaken(2, num_steps=8)
+    net = denoiser(width=8)
+    algorithm = diffusion(
+        target, process, net, log_variance(), optax.sgd(0.0), num_paths=400, buffer_size=6000
+    )
+    state = algorithm.init(jax.random.key(0))
+    assert bool(jnp.all(jnp.isnan(state.buffer)))
+    step = jax.jit(algorithm.step)
+    state, info = step(jax.random.key(1), state)
+    assert int(jnp.sum(jnp.isfinite(state.buffer[:, 0]))) == 300  # a quarter of the paths comes from behind
+    for k in range(20):
+        state, info = step(jax.random.key(2 + k), state)
+    assert bool(jnp.all(jnp.isfinite(state.buffer))) and bool(jnp.isfinite(info.loss))
+    # an untrained process: its ends have another law, but the buffer that of the target
+    plain = algorithm.draw(jax.random.key(9), state, 6000).x
+    mean, cov = jnp.array([0.5, -1.0]), np.array([[1.0, 0.8], [0.8, 1.5]])
+    assert float(jnp.max(jnp.abs(jnp.mean(plain, 0) - mean))) > 0.3
+    # resampled draws repeat: twice the error of independent ones
+    assert_within(jnp.mean(state.buffer, 0), mean, 2 * np.sqrt(np.diag(cov) / 6000))
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence", "options", "message"),
+    [
+        ("dds-learned", log_variance(), {}, "`divergence` is not sound for a `process` that learns"),
+        (
+            "pis",
+            log_variance(),
+            {"coarse_steps": 2},
+            "`coarse_steps` is 2, but `process` is tied to its grid",
+        ),
+        ("pis", log_variance(), {"coarse_steps": 9}, "`coarse_steps` must be between 1 and 4, got 9"),
+        (
+            "pis",
+            kl(),
+            {"exploration": optax.constant_schedule(0.1)},
+            "`exploration` draws paths from another",
+        ),
+        ("pis", log_variance(), {"trust_region": 1.0}, "asks for several updates on one block"),
+        ("pis", log_variance(), {"trust_region": -1.0, "num_updates": 2}, "`trust_region` must be positive"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_refused(name, divergence, options, message):
+    process, _ = process_of(name)
+    with pytest.raises(ValueError, match=message):
+        diffusion(correlated(), process, denoiser(8), divergence, optax.sgd(0.0), **options)
+
+
 # ------------------------------------------------------------------ as a kernel
-PAIRS = [(name, "log-variance") for name in PROCESSES]
-PAIRS += [("dis", name) for name in DIVERGENCES if name != "log-variance"]
+OPTIONS = {"num_updates": 2, "coarse_steps": 5, "exploration": 0.2, "trust_region": 0.5, "buffer_size": 256}
+PAIRS = [(name, "kl" if name == "dds-learned" else "log-variance", {}) for name in PROCESSES]
+PAIRS += [("dis", name, {}) for name in DIVERGENCES if name != "log-variance"]
+PAIRS += [("dis", "log-variance", OPTIONS)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("process", "divergence"), PAIRS)
-def test_barely_trained_kernels_are_exact(process, divergence):
+@pytest.mark.parametrize(("process", "divergence", "options"), PAIRS)
+def test_barely_trained_kernels_are_exact(process, divergence, options):
     target = two_modes()
     kernel = DiffusionKernel(
         None,
@@ -235,12 +358,19 @@ def test_barely_trained_kernels_are_exact(process, divergence):
         num_paths=64,
         num_times=8,
         smc_particles=0,
+        **options,
     )
     mcmc = run_chains(kernel, warmup=20, samples=3000, init_params=jnp.zeros((4, 2)))
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
     found = report(mcmc)
     assert abs(found.log_evidence) < 5.0 * found.log_evidence_se
     assert np.isfinite(found.training).all() and found.skipped_updates == 0
+
+
+def test_options_out_of_range_are_refused():
+    for name in ("exploration", "buffer_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must not be negative, got -1"):
+            DiffusionKernel(None, lambda x: 0.0, **{name: -1})
 
 
 def test_unknown_processes_and_divergences_are_refused():

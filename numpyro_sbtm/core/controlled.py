@@ -11,6 +11,7 @@ and its outputs ``(m, r, gate, l)`` make the control u = m + gate s̃; l is not 
 start, and all processes but DIS by Euler-Maruyama then sample N(0, σ² I) with equal weights.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.process import Net, Process, at, check_num_steps, log_snr_grid
+from numpyro_sbtm.core.process import Chain, Net, Process, at, check_num_steps, log_snr_grid
 from numpyro_sbtm.core.target import Key, Params
-from numpyro_sbtm.core.transition import Gaussian, standard_normal
+from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
 
 __all__ = [
     "Pinned",
@@ -29,6 +30,8 @@ __all__ = [
     "cosine_grid",
     "dds",
     "dis_control",
+    "learned_reference",
+    "located",
     "pair",
     "pis",
     "rescaled",
@@ -55,6 +58,10 @@ class Pinned(NamedTuple):
 
     mean: Float[Array, " d"]
     std: Float[Array, " d"]
+
+    def widened(self, factor: Float[Array, ""]) -> "Pinned":
+        """Multiply the standard deviations."""
+        return self._replace(std=factor * self.std)
 
     def sample(self, key: Key) -> Float[Array, " d"]:
         """Draw one point."""
@@ -137,6 +144,19 @@ def pair(net: Net) -> Net:
         return tuple(net.init(k, dim) for k in jax.random.split(key))
 
     return Net(init, net.apply)
+
+
+def located(net: Net) -> Net:
+    """Add a place and a log scale, shape ``[d]`` each, to the parameters of a network.
+
+    Examples:
+        >>> import jax
+        >>> from numpyro_sbtm.core.controlled import located
+        >>> from numpyro_sbtm.networks import denoiser
+        >>> len(located(denoiser(8)).init(jax.random.key(0), 2))
+        3
+    """
+    return Net(lambda key, dim: (net.init(key, dim), jnp.zeros(dim), jnp.zeros(dim)), net.apply)
 
 
 def _log_snr(share: np.ndarray) -> np.ndarray:
@@ -247,7 +267,7 @@ def pis(
         return Pinned(jnp.zeros_like(x), jnp.full_like(x, scale) * jnp.sqrt(at(time, k, x))).log_prob(x)
 
     origin = Pinned(jnp.zeros(dim), jnp.zeros(dim))
-    return Process(num_steps, origin, forward, backward, marginal, time)
+    return Process(num_steps, lambda params: origin, forward, backward, marginal, time)
 
 
 def _noising(
@@ -298,7 +318,7 @@ def _noising(
     prior = standard_normal(dim, scale)
     return Process(
         num_steps,
-        prior,
+        lambda params: prior,
         forward,
         backward,
         lambda k, x: prior.log_prob(x),
@@ -479,7 +499,7 @@ def cmcd(
     prior = standard_normal(dim, scale)
     return Process(
         num_steps,
-        prior,
+        lambda params: prior,
         lambda params, k, x, score: step(1.0, params, k, x, score),
         lambda params, k, x_next, score: step(-1.0, params, k + 1, x_next, score),
         lambda k, x: prior.log_prob(x),
@@ -502,23 +522,65 @@ def rescaled(process: Process, loc: Float[Array, " d"], scale: Float[Array, " d"
         >>> import jax.numpy as jnp
         >>> from numpyro_sbtm.core.controlled import dds, rescaled
         >>> from numpyro_sbtm.networks import denoiser
-        >>> rescaled(dds(denoiser(8), 2), jnp.ones(2), 3 * jnp.ones(2)).init.std.tolist()
+        >>> rescaled(dds(denoiser(8), 2), jnp.ones(2), 3 * jnp.ones(2)).init(()).std.tolist()
         [3.0, 3.0]
     """
-
-    def moved(one: Gaussian | Pinned) -> Gaussian | Pinned:
-        return one._replace(mean=loc + scale * one.mean, std=scale * one.std)
-
-    def chain(kernel):  # type: ignore[no-untyped-def]
-        return lambda params, k, x, score: moved(kernel(params, k, (x - loc) / scale, scale * score))
 
     def marginal(k: Int[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
         return process.marginal(k, (x - loc) / scale) - jnp.sum(jnp.log(scale))
 
-    assert isinstance(process.init, Gaussian | Pinned)
-    return process._replace(
-        init=moved(process.init),
-        forward=chain(process.forward),
-        backward=chain(process.backward),
-        marginal=marginal,
-    )
+    return _moved(process, lambda params: (params, loc, scale))._replace(marginal=marginal)
+
+
+def learned_reference(process: Process) -> Process:
+    """Learn the reference too: `rescaled`, by a place and a scale that are among the parameters.
+
+    The law of x_0 and the size of the noise then change in training, and with them the backward chain.
+
+    Args:
+        process: any process of this module.
+
+    Returns:
+        The process; its parameters are those of `located`.
+
+    Reference:
+        Blessing et al. (2025), arXiv:2503.00524 (learned priors); Sanokowski et al. (2025),
+        arXiv:2506.10982 (why the divergence must then be a KL).
+
+    Examples:
+        >>> import jax
+        >>> from numpyro_sbtm.core.controlled import dds, learned_reference, located
+        >>> from numpyro_sbtm.networks import denoiser
+        >>> net = located(denoiser(8))
+        >>> learned_reference(dds(net, 2)).init(net.init(jax.random.key(0), 2)).std.tolist()
+        [1.0, 1.0]
+    """
+
+    def parts(params: Params) -> tuple[Params, Float[Array, " d"], Float[Array, " d"]]:
+        inner, loc, log_scale = params
+        return inner, loc, jnp.exp(log_scale)
+
+    return _moved(process, parts)._replace(learns_reference=True)
+
+
+def _moved(process: Process, parts: Callable[[Params], tuple[Params, Array, Array]]) -> Process:
+    """Make the process of ``loc + scale y``; ``parts`` gives the inner parameters, loc and scale."""
+
+    def moved(one: Transition, loc: Float[Array, " d"], scale: Float[Array, " d"]) -> Gaussian | Pinned:
+        assert isinstance(one, Gaussian | Pinned)
+        return one._replace(mean=loc + scale * one.mean, std=scale * one.std)
+
+    def chain(kernel: Chain) -> Chain:
+        def there(
+            params: Params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
+        ) -> Transition:
+            inner, loc, scale = parts(params)
+            return moved(kernel(inner, k, (x - loc) / scale, scale * score), loc, scale)
+
+        return there
+
+    def init(params: Params) -> Transition:
+        inner, loc, scale = parts(params)
+        return moved(process.init(inner), loc, scale)
+
+    return process._replace(init=init, forward=chain(process.forward), backward=chain(process.backward))

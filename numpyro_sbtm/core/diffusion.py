@@ -14,6 +14,7 @@ from numpyro_sbtm.core.path import Path, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.process import Net, Process
 from numpyro_sbtm.core.smc import path_draws
 from numpyro_sbtm.core.target import Key, Params, Target
+from numpyro_sbtm.core.weights import clean, reachable, resample
 
 __all__ = ["DiffusionState", "diffusion"]
 
@@ -31,6 +32,7 @@ class DiffusionState(NamedTuple):
         extra_opt_state: state of its optimiser.
         recent: moving average of the variance of the log weights, each taken before the update on its own
             paths, shape ``[]``.
+        buffer: ends of earlier paths, resampled by weight, shape ``[m, d]``; None without a buffer.
         first: the variance at the start, shape ``[]``.
         best: the lowest such average at which it was still falling, shape ``[]``.
         stale: steps since then, shape ``[]``.
@@ -43,6 +45,7 @@ class DiffusionState(NamedTuple):
     opt_state: optax.OptState
     extra: Any
     extra_opt_state: optax.OptState
+    buffer: Float[Array, "m d"] | None
     recent: Float[Array, ""]
     first: Float[Array, ""]
     best: Float[Array, ""]
@@ -71,6 +74,10 @@ def diffusion(
     good_enough: float = 0.8,
     endpoints: Float[Array, "m d"] | None = None,
     backward_share: float = 0.25,
+    buffer_size: int = 0,
+    coarse_steps: int | None = None,
+    exploration: optax.Schedule | None = None,
+    trust_region: float | None = None,
     smc_particles: int = 0,
 ) -> Algorithm:
     """Make the algorithm that trains a process by a divergence.
@@ -87,7 +94,7 @@ def diffusion(
         optimiser: an optax optimiser.
         num_paths: paths per step.
         num_times: how many of the T times enter each gradient, drawn anew for each update; None for all.
-        num_updates: updates per step; more than one needs a detached divergence.
+        num_updates: updates per step; more than one needs a detached divergence that is valid off policy.
         average_decay: decay of the moving average of the parameters, per update; less in the first steps.
         goal: training is finished once the variance of the log weights, on average over 50 steps, is below
             this, whatever the divergence (see `log_variance_at`).
@@ -97,14 +104,22 @@ def diffusion(
             policy is then also taken over paths that the backward chain makes from them, so that training
             sees what the forward chain does not reach yet.
         backward_share: share of such paths in a batch.
+        buffer_size: how many ends of earlier paths are kept, resampled by weight in every step, to take the
+            place of ``endpoints``, with which the buffer starts; 0: ``endpoints`` stay.
+        coarse_steps: training simulates on so many of the T steps, drawn anew for every step, and everything
+            else on all; None: on all. It needs a process that has `Process.coarse`.
+        exploration: ``step -> e``: training simulates with the noise of the forward chain 1 + e times as
+            large, where the divergence is valid off policy. None: 0.
+        trust_region: with several updates, they aim at the law between that of the block's own chain and
+            that of the target whose KL divergence from the former is this, in nats; None: at the target.
         smc_particles: paths of each proposal of the ensemble (see `path_ensemble`); none below two.
 
     Returns:
-        The algorithm. A step costs ``num_paths (T+1)`` target gradients.
+        The algorithm. A step costs ``num_paths (T+1)`` target gradients, on a coarse grid fewer.
 
     Raises:
-        ValueError: for ``num_updates > 1`` or ``num_times`` with a divergence that is not detached, and
-            for sizes out of range.
+        ValueError: for pairs of process and divergence that are unsound, for options that a divergence or a
+            process does not allow, and for sizes out of range.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -118,10 +133,34 @@ def diffusion(
         (5, 2)
     """
     num_steps = process.num_steps
+    num_simulated = num_steps if coarse_steps is None else coarse_steps
     if num_paths < 2:
         raise ValueError(f"`num_paths` must be at least 2 for a variance, got {num_paths}.")
-    if num_times is not None and not 1 <= num_times <= num_steps:
-        raise ValueError(f"`num_times` must be between 1 and {num_steps}, got {num_times}.")
+    if not 1 <= num_simulated <= num_steps:
+        raise ValueError(f"`coarse_steps` must be between 1 and {num_steps}, got {coarse_steps}.")
+    if num_times is not None and not 1 <= num_times <= num_simulated:
+        raise ValueError(f"`num_times` must be between 1 and {num_simulated}, got {num_times}.")
+    if process.learns_reference and not divergence.any_reference:
+        raise ValueError(
+            "`divergence` is not sound for a `process` that learns the law of x_0 or the size of its noise: "
+            "both path laws then move, the gradient of a variance of log weights is no longer that of a KL "
+            "divergence, and what it lowers no longer bounds how far the draws are off (Sanokowski et al. "
+            "2025). Take 'kl' or 'kl-log-derivative', or a process with a fixed reference."
+        )
+    if coarse_steps is not None and (process.coarse is None or not divergence.any_grid):
+        who = "`process`" if process.coarse is None else "`divergence`"
+        raise ValueError(f"`coarse_steps` is {coarse_steps}, but {who} is tied to its grid. Pass None.")
+    off_policy = divergence.detach and not divergence.on_policy
+    if exploration is not None and not off_policy:
+        raise ValueError(
+            "`exploration` draws paths from another chain, but `divergence` needs those of the current one. "
+            "Log-variance and trajectory balance are valid for any paths."
+        )
+    if trust_region is not None and not (trust_region > 0 and num_updates > 1):
+        raise ValueError(
+            "`trust_region` must be positive and asks for several updates on one block, got "
+            f"{trust_region} with `num_updates` = {num_updates}."
+        )
     if divergence.on_policy and num_updates != 1:
         raise ValueError(
             "`divergence` needs paths of the current forward chain: `num_updates` must be 1, got "
@@ -141,31 +180,75 @@ def diffusion(
     spread = log_variance().value
     extra_optimiser = optax.adam(divergence.extra_rate)
 
-    num_backward = 0 if endpoints is None or divergence.on_policy else int(backward_share * num_paths)
+    kept = None
+    if buffer_size and off_policy:
+        blank = jnp.full((buffer_size, target.dim), jnp.nan)  # forward paths take the place of such ends
+        kept = blank if endpoints is None else jnp.resize(endpoints, (buffer_size, target.dim))
+    have_ends = kept is not None or endpoints is not None
+    num_backward = int(backward_share * num_paths) if have_ends and not divergence.on_policy else 0
+    num_forward = num_paths - num_backward
 
-    def backward_points(params: Params, key: Key) -> Float[Array, "b T1 d"]:
-        assert endpoints is not None
+    def grid(key: Key) -> Process:
+        """The process of one step: on its own grid, or on some points of it."""
+        if coarse_steps is None:
+            return process
+        assert process.coarse is not None
+        inner = jax.random.choice(key, num_steps - 1, (coarse_steps - 1,), replace=False) + 1
+        return process.coarse(jnp.concatenate([jnp.array([0]), jnp.sort(inner), jnp.array([num_steps])]))
+
+    def backward_points(here: Process, state: DiffusionState, key: Key) -> Float[Array, "b T1 d"]:
+        pool = endpoints if kept is None else state.buffer
+        assert pool is not None
         key_ends, key_noise = jax.random.split(key)
-        ends = endpoints[jax.random.randint(key_ends, (num_backward,), 0, len(endpoints))]
-        return jax.vmap(lambda k, x: noise_path(process, params, target, k, x))(
+        ends = pool[jax.random.randint(key_ends, (num_backward,), 0, len(pool))]
+        return jax.vmap(lambda k, x: noise_path(here, state.params, target, k, x))(
             jax.random.split(key_noise, num_backward), ends
         )
 
-    def batch(params: Params, key: Key, detach: bool, given: Float[Array, "n T1 d"] | None) -> Path:
-        one = lambda k, xs: simulate(process, params, target, k, detach=detach, given=xs)  # noqa: E731
-        keys = jax.random.split(key, num_paths)
-        return jax.vmap(one, in_axes=(0, None if given is None else 0))(keys, given)
+    def batch(
+        here: Process,
+        params: Params,
+        key: Key,
+        detach: bool,
+        given: Float[Array, "n T1 d"] | None = None,
+        widen: Float[Array, ""] | None = None,
+    ) -> Path:
+        def one(key: Key, xs: Float[Array, "T1 d"] | None) -> Path:
+            return simulate(here, params, target, key, detach=detach, given=xs, widen=widen)
 
-    def detached_batch(params: Params, key_paths: Key, key_back: Key) -> Path:
+        return jax.vmap(one, in_axes=(0, None if given is None else 0))(
+            jax.random.split(key, num_paths), given
+        )
+
+    def detached_batch(here: Process, state: DiffusionState, key_paths: Key, key_back: Key) -> Path:
         """Paths that are constants: free ones, groups from one start, some through backward points."""
-        given = jnp.full((num_paths, num_steps + 1, target.dim), jnp.nan)
+        given = jnp.full((num_paths, num_simulated + 1, target.dim), jnp.nan)
         if group > 1:
             key_start, key_paths = jax.random.split(key_paths)
-            first = jax.vmap(process.init.sample)(jax.random.split(key_start, num_paths // group))
+            start = here.init(state.params)
+            first = jax.vmap(start.sample)(jax.random.split(key_start, num_paths // group))
             given = given.at[:, 0].set(jnp.repeat(first, group, 0))
         if num_backward:
-            given = given.at[-num_backward:].set(backward_points(params, key_back))
-        return batch(params, key_paths, True, given if group > 1 or num_backward else None)
+            given = given.at[-num_backward:].set(backward_points(here, state, key_back))
+        widen = None if exploration is None else 1.0 + jnp.asarray(exploration(state.step))
+        return batch(here, state.params, key_paths, True, given if group > 1 or num_backward else None, widen)
+
+    def refreshed(key: Key, state: DiffusionState, paths: Path) -> Float[Array, "m d"] | None:
+        """The buffer with ends of the forward paths, resampled by weight, in its oldest places."""
+        if kept is None:
+            return None
+        assert state.buffer is not None
+        ends, log_weight = paths.xs[:num_forward, -1], clean(paths.log_weight[:num_forward])
+        ends = ends[resample(key, log_weight, num_forward)]
+        ends = jnp.where(jnp.any(jnp.isfinite(log_weight)), ends, jnp.nan)
+        places = (state.step * num_forward + jnp.arange(num_forward)) % buffer_size
+        return state.buffer.at[places].set(ends.astype(state.buffer.dtype))
+
+    def aim(paths: Path) -> Path:
+        """Aim at the path law in the trust region instead of the target's."""
+        if trust_region is None:
+            return paths
+        return paths.tempered(reachable(paths.log_weight[:num_forward], trust_region))
 
     def init(key: Key) -> DiffusionState:
         params = net.init(key, target.dim)
@@ -182,6 +265,7 @@ def diffusion(
             opt_state=optimiser.init(params),
             extra=extra,
             extra_opt_state=extra_opt_state,
+            buffer=kept,
             recent=far,
             first=far,
             best=far,
@@ -198,19 +282,22 @@ def diffusion(
 
     def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
         key_paths, key_back, key_times = jax.random.split(key, 3)
+        here, buffer = grid(jax.random.fold_in(key, 3)), state.buffer
         carry = state.params, state.average, state.opt_state
         extra, extra_opt_state = state.extra, state.extra_opt_state
         if divergence.detach:
-            paths = detached_batch(state.params, key_paths, key_back)
+            paths = detached_batch(here, state, key_paths, key_back)
+            buffer = refreshed(jax.random.fold_in(key, 4), state, paths)
+            aimed = aim(paths)
 
             def one(carry, key_k):  # type: ignore[no-untyped-def]
                 times = None
                 if num_times is not None:
-                    times = jax.random.choice(key_k, num_steps, (num_times,), replace=False)
-                here = paths
+                    times = jax.random.choice(key_k, num_simulated, (num_times,), replace=False)
+                now = aimed
                 if num_updates > 1:
-                    here = jax.vmap(lambda path: reevaluate(process, carry[0], path))(paths)
-                loss, gradient = two_pass_gradient(divergence, process, carry[0], here, times, extra)
+                    now = jax.vmap(lambda path: reevaluate(here, carry[0], path))(aimed)
+                loss, gradient = two_pass_gradient(divergence, here, carry[0], now, times, extra)
                 carry, skipped = update(carry, gradient, state.step)
                 return carry, (loss, skipped)
 
@@ -222,13 +309,13 @@ def diffusion(
         else:
 
             def through(params: Params) -> tuple[Float[Array, ""], Path]:
-                paths = batch(params, key_paths, False, None)
+                paths = batch(here, params, key_paths, False)
                 return divergence.value(paths), paths
 
             (loss, paths), gradient = jax.value_and_grad(through, has_aux=True)(state.params)
             carry, skip = update(carry, gradient, state.step)
             skipped = skip.astype(jnp.int32)
-        gradients = jnp.asarray(num_paths * (num_steps + 1), jnp.int32)
+        gradients = jnp.asarray(num_paths * (num_simulated + 1), jnp.int32)
         past, window = state.recent, jnp.minimum(_WINDOW, state.step + 1)
         now = spread(paths)
         recent = jnp.where(jnp.isfinite(past), past + (now - past) / window, now)
@@ -244,6 +331,7 @@ def diffusion(
             opt_state=opt_state,
             extra=extra,
             extra_opt_state=extra_opt_state,
+            buffer=buffer,
             recent=recent.astype(past.dtype),
             first=jnp.where(state.step == 0, now, state.first).astype(past.dtype),
             best=best.astype(past.dtype),

@@ -36,6 +36,8 @@ class Divergence(NamedTuple):
         extra_rate: step size of its own Adam.
         paths_per_start: how many consecutive paths share their x_0.
         on_policy: whether it asks for independent paths of the current forward chain, or groups of them.
+        any_reference: whether it is sound where the law of x_0 or the size of the noise is learned.
+        any_grid: whether paths on other grids than the process's own may be given.
     """
 
     value: Callable[..., Float[Array, ""]]
@@ -44,6 +46,8 @@ class Divergence(NamedTuple):
     extra_rate: float = 0.1
     paths_per_start: int = 1
     on_policy: bool = False
+    any_reference: bool = False
+    any_grid: bool = True
 
 
 def kl() -> Divergence:
@@ -66,7 +70,7 @@ def kl() -> Divergence:
         loss = jnp.where(keep, -paths.log_weight, 0.0)
         return jnp.sum(loss) / jnp.maximum(jnp.sum(keep), 1)
 
-    return Divergence(value, detach=False, on_policy=True)
+    return Divergence(value, detach=False, on_policy=True, any_reference=True)
 
 
 def kl_log_derivative() -> Divergence:
@@ -74,9 +78,9 @@ def kl_log_derivative() -> Divergence:
 
     The points are constants; with R = -log w of a path and R̄ its mean over the other paths, the gradient is
 
-        mean((R - R̄) ∇log F - ∇log B),
+        mean((R - R̄) ∇log(p_0 F) - ∇log B),
 
-    unbiased, for learned backward chains too. Paths with a non-finite weight are left out.
+    unbiased, for learned backward chains and laws of x_0 too. Paths with a non-finite weight are left out.
 
     Reference:
         Sanokowski et al. (2025), arXiv:2506.10982; Richter et al. (2020), arXiv:2010.10436.
@@ -94,12 +98,12 @@ def kl_log_derivative() -> Divergence:
         mean = jnp.sum(cost) / count
         # with the mean of the other paths: (R - mean) n / (n - 1)
         centred = jnp.where(keep, cost - mean, 0.0) * count / (count - 1)
-        forward = jnp.where(keep, jnp.sum(paths.log_forward, -1), 0.0)
+        forward = jnp.where(keep, paths.log_init + jnp.sum(paths.log_forward, -1), 0.0)
         backward = jnp.where(keep, jnp.sum(paths.log_backward, -1), 0.0)
         surrogate = jnp.sum(centred * forward - backward) / count
         return mean + surrogate - jax.lax.stop_gradient(surrogate)
 
-    return Divergence(value, detach=True, on_policy=True)
+    return Divergence(value, detach=True, on_policy=True, any_reference=True)
 
 
 def log_variance(clip: float | None = 20.0, paths_per_start: int = 1) -> Divergence:
@@ -218,7 +222,7 @@ def sub_trajectory_log_variance(
         parts = jnp.where(usable[:, None], parts, jnp.nan)
         return jnp.sum(jnp.stack([_variances(part[None], clip)[0] for part in parts.T]))
 
-    return Divergence(value, detach=True, extra=potential.init, extra_rate=2e-3)
+    return Divergence(value, detach=True, extra=potential.init, extra_rate=2e-3, any_grid=False)
 
 
 def trajectory_balance(clip: float | None = 20.0, log_z: float = 0.0) -> Divergence:
@@ -290,10 +294,15 @@ def two_pass_gradient(
             "through the trajectory. Differentiate `divergence.value(simulate(..., detach=False))`."
         )
 
-    def loss(log_forward: Float[Array, "n T"], log_backward: Float[Array, "n T"]) -> Float[Array, ""]:
-        return divergence.value(paths._replace(log_forward=log_forward, log_backward=log_backward), extra)
+    def loss(
+        log_forward: Float[Array, "n T"], log_backward: Float[Array, "n T"], log_init: Float[Array, " n"]
+    ) -> Float[Array, ""]:
+        densities = {"log_forward": log_forward, "log_backward": log_backward, "log_init": log_init}
+        return divergence.value(paths._replace(**densities), extra)
 
-    value, cotangents = jax.value_and_grad(loss, argnums=(0, 1))(paths.log_forward, paths.log_backward)
+    value, (*cotangents, at_start) = jax.value_and_grad(loss, argnums=(0, 1, 2))(
+        paths.log_forward, paths.log_backward, paths.log_init
+    )
     if times is None:
         times = jnp.arange(process.num_steps)
     scale = process.num_steps / times.shape[0]
@@ -319,5 +328,9 @@ def two_pass_gradient(
     )
     _, pull_back = jax.vjp(kernels, params)
     chosen = jax.tree.map(lambda c: scale * jnp.where(usable[:, None], c, 0.0)[:, times].T, cotangents)
-    (gradient,) = pull_back(chosen)
+    (gradient,) = pull_back(tuple(chosen))
+    if process.learns_reference:
+        _, pull_back = jax.vjp(lambda p: jax.vmap(process.init(p).log_prob)(paths.xs[:, 0]), params)
+        (start,) = pull_back(jnp.where(usable, at_start, 0.0))
+        gradient = jax.tree.map(jnp.add, gradient, start)
     return value, gradient

@@ -159,7 +159,7 @@ def noisy_transport(net: Net, num_maps: int, base: Transition) -> Process:
 
     return Process(
         num_maps,
-        base,
+        lambda params: base,
         lambda params, k, x, score: kernel(params, k, x, score, 1.0),
         lambda params, k, x, score: kernel(params, k, x, score, -1.0),
         lambda k, x: base.log_prob(x),

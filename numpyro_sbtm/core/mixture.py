@@ -72,6 +72,10 @@ class Mixture(NamedTuple):
         flat = jnp.swapaxes(self.rotation, 1, 2).reshape(-1, y.size)
         return (share[:, None] * pull).reshape(-1) @ flat
 
+    def widened(self, factor: Float[Array, ""]) -> "Mixture":
+        """Multiply the standard deviations of every component."""
+        return self._replace(std=factor * self.std)
+
     def sample(self, key: Key) -> Float[Array, " d"]:
         """Draw one point; differentiable in all but the weights."""
         shape, dtype = self.centre.shape[1:], self.centre.dtype

@@ -32,6 +32,13 @@ class Path(NamedTuple):
     log_backward: Float[Array, "*n T"]
     log_target: Float[Array, "*n"]
 
+    def tempered(self, share: Float[Array, ""]) -> "Path":
+        """Aim at ``F^(1-share) (ρ B)^share`` instead of ρ B, F being the chain that made the path.
+
+        The weight with which `reevaluate` then judges other parameters is that for this law between.
+        """
+        return self._replace(log_target=self.log_target - (1.0 - share) * self.log_weight)
+
     @property
     def log_weight(self) -> Float[Array, "*n"]:
         """Log of target over proposal on the path: its exponential has mean Z, at any T."""
@@ -62,6 +69,7 @@ def simulate(
     *,
     detach: bool = True,
     given: Float[Array, "T1 d"] | None = None,
+    widen: Float[Array, ""] | None = None,
 ) -> Path:
     """Simulate one path with the forward chain; `vmap` over keys for a batch.
 
@@ -73,6 +81,8 @@ def simulate(
         detach: stop gradients through the points, so that only the densities depend on ``params``
             (log-variance); False lets gradients run through the trajectory (reparametrised KL).
         given: points to go through, shape ``[T+1, d]``; a row that is not finite is drawn. None draws all.
+        widen: points are drawn from the forward chain with its standard deviations times this, to explore;
+            the densities remain those of the chain itself. None: 1.
 
     Returns:
         The path, whose `log_weight` is exact at any number of steps.
@@ -102,13 +112,15 @@ def simulate(
         log_target, score = value_and_score(target, x)
         log_backward = process.backward(params, jnp.maximum(k - 1, 0), x, score).log_prob(before)
         forward = process.forward(params, jnp.minimum(k, last), x, score)
-        after = point(jnp.minimum(k, last) + 1, forward.sample(key_k))
+        wider = forward if widen is None else forward.widened(widen)
+        after = point(jnp.minimum(k, last) + 1, wider.sample(key_k))
         return (x, after), (x, score, forward.log_prob(after), log_backward, log_target)
 
-    x0 = point(jnp.zeros((), jnp.int32), process.init.sample(key_init))
+    init = process.init(params)
+    x0 = point(jnp.zeros((), jnp.int32), init.sample(key_init))
     steps = jnp.arange(process.num_steps + 1), jax.random.split(key_steps, process.num_steps + 1)
     _, (xs, scores, log_forward, log_backward, log_targets) = jax.lax.scan(step, (x0, x0), steps)
-    log_init = process.init.log_prob(x0)
+    log_init = init.log_prob(x0)
     return Path(xs, scores, log_init, log_forward[:-1], log_backward[1:], log_targets[-1])
 
 
@@ -156,7 +168,7 @@ def evaluate(process: Process, params: Params, target: Target, xs: Float[Array, 
     """
     log_targets, scores = jax.vmap(lambda x: value_and_score(target, x))(xs)
     blank = jnp.zeros(process.num_steps, xs.dtype)
-    path = Path(xs, scores, process.init.log_prob(xs[0]), blank, blank, log_targets[-1])
+    path = Path(xs, scores, process.init(params).log_prob(xs[0]), blank, blank, log_targets[-1])
     return reevaluate(process, params, path)
 
 
@@ -169,9 +181,10 @@ def reevaluate(process: Process, params: Params, path: Path) -> Path:
         path: one path with its cached scores and log target.
 
     Returns:
-        The path with new ``log_forward`` and ``log_backward``.
+        The path with new densities, but for ``log_target``.
     """
     log_forward, log_backward = jax.vmap(lambda k, *ends: log_kernels(process, params, k, *ends))(
         jnp.arange(process.num_steps), path.xs[:-1], path.xs[1:], path.scores[:-1], path.scores[1:]
     )
-    return path._replace(log_forward=log_forward, log_backward=log_backward)
+    log_init = process.init(params).log_prob(path.xs[0])
+    return path._replace(log_init=log_init, log_forward=log_forward, log_backward=log_backward)

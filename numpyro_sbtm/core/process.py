@@ -55,22 +55,29 @@ class Process(NamedTuple):
 
     Attributes:
         num_steps: the number of steps, T.
-        init: the distribution of x_0.
+        init: the distribution of x_0, a function of the parameters.
         forward: F_k, the distribution of x_{k+1} given x_k.
         backward: B_k, the distribution of x_k given x_{k+1}.
         marginal: ``(k, x) -> log density``, a guess of the law of x_k; that of x_T guesses the target.
         share: A_k, how far x_k is on the way from noise, 0, to the draw, 1, shape ``[T+1]``.
+        coarse: ``points -> Process``, the same process on some points of its grid, shape ``[m+1]``,
+            increasing from 0 to T; None where it is not known between other points than neighbours.
+        learns_reference: whether the law of x_0 or the size of the noise depends on the parameters.
     """
 
     num_steps: int
-    init: Transition
+    init: Callable[[Params], Transition]
     forward: Chain
     backward: Chain
     marginal: Callable[[Int[Array, ""], Float[Array, " d"]], Float[Array, ""]]
-    share: np.ndarray
+    share: np.ndarray | Float[Array, " T1"]
+    coarse: Callable[[Int[Array, " m1"]], "Process"] | None = None
+    learns_reference: bool = False
 
 
-def at(table: np.ndarray, k: Int[Array, ""], like: Float[Array, " d"]) -> Float[Array, ""]:
+def at(
+    table: np.ndarray | Float[Array, " T"], k: Int[Array, ""], like: Float[Array, " d"]
+) -> Float[Array, ""]:
     """Look up the entry of a step in a table that was computed in float64."""
     return jnp.asarray(table, like.dtype)[k]
 
@@ -155,14 +162,39 @@ def dis(
         (1, 2)
     """
     reference = normal(dim, scale) if reference is None else reference
-    centre, spread = moments(reference)
     share = log_snr_grid(num_steps)
+    noise = 1.0 - share  # exact enough in float64, and only then rounded
+    log_share = np.log(share)
+
+    def coarse(points: Int[Array, " m1"]) -> Process:
+        there = jnp.asarray(log_share)[points]
+        alpha = -jnp.expm1(there[:-1] - there[1:])
+        grid = jnp.asarray(share)[points], jnp.asarray(noise)[points], alpha
+        return _reversal(net, reference, scale, score_clip, *grid)
+
     alpha = 1.0 - share[:-1] / share[1:]
-    noise = 1.0 - share  # (1-A_k): exact enough in float64, and only then rounded
-    denoiser_weight = np.sqrt(share[1:]) * alpha / noise[:-1]
-    point_weight = np.sqrt(1.0 - alpha) * noise[1:] / noise[:-1]
+    return _reversal(net, reference, scale, score_clip, share, noise, alpha)._replace(coarse=coarse)
+
+
+def _reversal(
+    net: Net,
+    reference: Mixture,
+    scale: float,
+    score_clip: float,
+    share: np.ndarray | Float[Array, " T1"],
+    noise: np.ndarray | Float[Array, " T1"],
+    alpha: np.ndarray | Float[Array, " T"],
+) -> Process:
+    """Make `dis` on a grid of shares A_k, with 1-A_k and α_k given, since they must not be rounded."""
+    xp = np if isinstance(share, np.ndarray) else jnp
+    centre, spread = moments(reference)
+    root_share = xp.sqrt(share)
+    keep = xp.sqrt(1.0 - alpha)
+    denoiser_weight = xp.sqrt(share[1:]) * alpha / noise[:-1]
+    point_weight = keep * noise[1:] / noise[:-1]
     bridge_var = scale**2 * alpha * noise[1:] / noise[:-1]
-    log_snr = np.log(share[:-1]) - np.log(noise[:-1])
+    noise_std = scale * xp.sqrt(alpha)
+    log_snr = xp.log(share[:-1]) - xp.log(noise[:-1])
 
     def noised(root: Float[Array, ""], noise_var: Float[Array, ""]) -> Mixture:
         """The law of root x_T plus white noise, for x_T from the reference."""
@@ -172,7 +204,7 @@ def dis(
     def forward(
         params: Params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
     ) -> Mixture:
-        root, noise_var = at(np.sqrt(share), k, x), scale**2 * at(noise, k, x)
+        root, noise_var = at(root_share, k, x), scale**2 * at(noise, k, x)
         feature = root * jnp.sqrt(noise_var) * (score - reference.score(x))
         feature = jnp.clip(feature, -score_clip, score_clip)
         # modes may lie a hundred deviations apart: the network sees all of them within a few units
@@ -198,11 +230,11 @@ def dis(
         params: Params, k: Int[Array, ""], x_next: Float[Array, " d"], score: Float[Array, " d"]
     ) -> Gaussian:
         del params, score
-        std = jnp.full_like(x_next, at(scale * np.sqrt(alpha), k, x_next))
-        return Gaussian(at(np.sqrt(1.0 - alpha), k, x_next) * x_next, std)
+        std = jnp.full_like(x_next, at(noise_std, k, x_next))
+        return Gaussian(at(keep, k, x_next) * x_next, std)
 
     def marginal(k: Int[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
-        return noised(at(np.sqrt(share), k, x), scale**2 * at(noise, k, x)).log_prob(x)
+        return noised(at(root_share, k, x), scale**2 * at(noise, k, x)).log_prob(x)
 
-    init = noised(jnp.asarray(np.sqrt(share[0])), jnp.asarray(scale**2 * noise[0]))
-    return Process(num_steps, init, forward, backward, marginal, share)
+    init = noised(jnp.asarray(root_share[0]), jnp.asarray(scale**2 * noise[0]))
+    return Process(len(alpha), lambda params: init, forward, backward, marginal, share)

@@ -159,10 +159,10 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
             return (new, new_value, new_score, after, log_weight, log_z), None
 
         first = jnp.zeros((), jnp.int32)
-        x = retain(jax.vmap(process.init.sample)(jax.random.split(key_init, num_particles)), first)
+        x = retain(jax.vmap(process.init(params).sample)(jax.random.split(key_init, num_particles)), first)
         value, score = jax.vmap(lambda y: value_and_score(target, y))(x)
         before = jax.vmap(lambda *point: law(first, *point))(x, value)
-        log_weight = clean(before - jax.vmap(process.init.log_prob)(x))
+        log_weight = clean(before - jax.vmap(process.init(params).log_prob)(x))
         carry = x, value, score, before, log_weight, jnp.zeros((), x.dtype)
         steps = jnp.arange(num_steps), jax.random.split(key_steps, num_steps)
         (x, value, _, _, log_weight, log_z), _ = jax.lax.scan(step, carry, steps)

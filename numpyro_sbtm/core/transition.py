@@ -24,6 +24,10 @@ class Transition(Protocol):
         """Evaluate the normalised log density at one point."""
         ...
 
+    def widened(self, factor: Float[Array, ""]) -> "Transition":
+        """Make a distribution with the same centre that spreads further by a factor."""
+        ...
+
 
 class Gaussian(NamedTuple):
     """A normal distribution with independent coordinates.
@@ -57,6 +61,10 @@ class Gaussian(NamedTuple):
         z = (y - self.mean) / self.std
         log_scale = jnp.sum(jnp.log(self.std)) + 0.5 * self.mean.size * jnp.log(2 * jnp.pi)
         return -0.5 * jnp.sum(z * z) - log_scale
+
+    def widened(self, factor: Float[Array, ""]) -> "Gaussian":
+        """Multiply the standard deviations."""
+        return self._replace(std=factor * self.std)
 
 
 def standard_normal(dim: int, scale: float = 1.0) -> Gaussian:

@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["clean", "ess_fraction", "log_evidence", "log_variance_at", "metropolis", "resample"]
+__all__ = ["clean", "ess_fraction", "log_evidence", "log_variance_at", "metropolis", "reachable", "resample"]
+
+_BISECTIONS = 30
 
 
 def clean(log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -63,6 +65,41 @@ def ess_fraction(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
     """
     log_ess = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
     return jnp.nan_to_num(jnp.exp(log_ess)) / log_weight.shape[0]
+
+
+def reachable(log_weight: Float[Array, " n"], nats: float) -> Float[Array, ""]:
+    """Compute the largest power β in [0, 1] such that weights w^β change a sample's law by so many nats.
+
+    Measured by the Kullback-Leibler divergence of the weighted sample from the plain one.
+
+    Args:
+        log_weight: of draws, shape ``[n]``; ``-inf`` is a weight of zero.
+        nats: the bound on the divergence.
+
+    Returns:
+        β, shape ``[]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import reachable
+        >>> float(reachable(jnp.array([0.0, 0.1]), 1.0))
+        1.0
+    """
+
+    def divergence(power: Float[Array, ""]) -> Float[Array, ""]:
+        share = jax.nn.log_softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))
+        log_ratio = jnp.where(jnp.isfinite(share), share, 0.0) + jnp.log(log_weight.shape[0])
+        return jnp.sum(jnp.exp(share) * log_ratio)
+
+    def halve(_: Int[Array, ""], bounds: tuple[Float[Array, ""], Float[Array, ""]]):  # type: ignore[no-untyped-def]
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        near = divergence(middle) < nats
+        return jnp.where(near, middle, low), jnp.where(near, high, middle)
+
+    one = jnp.ones((), log_weight.dtype)
+    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(one), one))
+    return jnp.where(divergence(one) < nats, one, low)
 
 
 def resample(key: Key, log_weight: Float[Array, " n"], num: int) -> Int[Array, " num"]:
