@@ -100,6 +100,7 @@ _PIECES = {
 SAMPLERS = (
     {
         "default": LogVarianceDISKernel,
+        "default on coarse grids": partial(DiffusionKernel, coarse_steps=10),
         "single paths": partial(LogVarianceDISKernel, smc_particles=0),
     }
     | {
