@@ -40,7 +40,15 @@ from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
 
-__all__ = ["ANNEALINGS", "DIVERGENCES", "PROCESSES", "DiffusionKernel", "LogVarianceDISKernel", "SBTMKernel"]
+__all__ = [
+    "ANNEALINGS",
+    "DIVERGENCES",
+    "NETS",
+    "PROCESSES",
+    "DiffusionKernel",
+    "LogVarianceDISKernel",
+    "SBTMKernel",
+]
 
 PROCESSES: dict[str, Callable[..., Process]] = {
     "dis": dis,
@@ -56,8 +64,8 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 }
 """Processes by name: functions of ``(net, dim, num_steps, scale)``."""
 
-_NETS: dict[str, Callable[[Net], Net]] = {"bridge": pair, "dds-learned": located}
-"""What becomes of the denoiser where it is not alone."""
+NETS: dict[str, Callable[[Net], Net]] = {"bridge": pair, "dds-learned": located}
+"""What becomes of the network, for processes that learn more than a forward chain."""
 
 DIVERGENCES: dict[str, Callable[[Process], Divergence]] = {
     "log-variance": lambda process: log_variance(),
@@ -244,7 +252,7 @@ class DiffusionKernel(LearnedKernel):
             net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
             process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
         else:
-            net = _NETS.get(self._process, lambda net: net)(denoiser(*self._net))
+            net = NETS.get(self._process, lambda net: net)(denoiser(*self._net))
             process = make(net, target.dim, self._num_steps, self._scale)
             process = rescaled(process, *moments(warm.reference))
         divergence = DIVERGENCES[self._divergence](process)

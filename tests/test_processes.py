@@ -29,7 +29,6 @@ from numpyro_sbtm.core import (
     kl_log_derivative,
     log_variance,
     noise_path,
-    pair,
     reevaluate,
     rescaled,
     simulate,
@@ -37,10 +36,10 @@ from numpyro_sbtm.core import (
     trajectory_balance,
     two_pass_gradient,
 )
-from numpyro_sbtm.core.controlled import cosine_grid, located, vp_grid
+from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.core.weights import reachable
-from numpyro_sbtm.kernels import DIVERGENCES, PROCESSES
+from numpyro_sbtm.kernels import DIVERGENCES, NETS, PROCESSES
 from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.targets import gaussian
 
@@ -49,7 +48,7 @@ every_process = pytest.mark.parametrize("name", CONTROLLED)
 
 
 def with_network(name, net):
-    return {"bridge": pair, "dds-learned": located}.get(name, lambda net: net)(net)
+    return NETS.get(name, lambda net: net)(net)
 
 
 def process_of(name, num_steps=4, scale=1.0, size=0.1):

@@ -4,17 +4,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float
 
+from numpyro_sbtm.core.bisection import furthest
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import Transition
 
 __all__ = ["Annealing", "conditional_ess", "dilation", "geometric", "next_level", "tempering"]
-
-_BISECTIONS = 30
 
 
 class Annealing(NamedTuple):
@@ -191,12 +189,4 @@ def next_level(
     def enough(new: Float[Array, ""]) -> Bool[Array, ""]:
         return conditional_ess(log_weight, (new - level) * log_ratio) >= goal
 
-    def halve(_, ends):  # type: ignore[no-untyped-def]
-        low, high = ends
-        middle = 0.5 * (low + high)
-        good = enough(middle)
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
-
-    one = jnp.ones_like(level)
-    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (level, one))
-    return jnp.where(enough(one), one, low)
+    return furthest(enough, level)

@@ -30,9 +30,9 @@ class DiffusionState(NamedTuple):
         opt_state: state of the optimiser.
         extra: what the divergence learns itself, such as log Z or a network's parameters, or None.
         extra_opt_state: state of its optimiser.
+        buffer: ends of earlier paths, resampled by weight, shape ``[m, d]``; None without a buffer.
         recent: moving average of the variance of the log weights, each taken before the update on its own
             paths, shape ``[]``.
-        buffer: ends of earlier paths, resampled by weight, shape ``[m, d]``; None without a buffer.
         first: the variance at the start, shape ``[]``.
         best: the lowest such average at which it was still falling, shape ``[]``.
         stale: steps since then, shape ``[]``.

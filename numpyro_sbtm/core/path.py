@@ -167,8 +167,8 @@ def evaluate(process: Process, params: Params, target: Target, xs: Float[Array, 
         The path; ``evaluate(..., simulate(...).xs)`` equals ``simulate(...)``.
     """
     log_targets, scores = jax.vmap(lambda x: value_and_score(target, x))(xs)
-    blank = jnp.zeros(process.num_steps, xs.dtype)
-    path = Path(xs, scores, process.init(params).log_prob(xs[0]), blank, blank, log_targets[-1])
+    none, blank = jnp.zeros((), xs.dtype), jnp.zeros(process.num_steps, xs.dtype)
+    path = Path(xs, scores, none, blank, blank, log_targets[-1])
     return reevaluate(process, params, path)
 
 

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.bisection import furthest
 from numpyro_sbtm.core.target import Key
 
 __all__ = ["clean", "ess_fraction", "log_evidence", "log_variance_at", "metropolis", "reachable", "resample"]
-
-_BISECTIONS = 30
 
 
 def clean(log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -86,20 +85,12 @@ def reachable(log_weight: Float[Array, " n"], nats: float) -> Float[Array, ""]:
         1.0
     """
 
-    def divergence(power: Float[Array, ""]) -> Float[Array, ""]:
+    def near(power: Float[Array, ""]) -> Bool[Array, ""]:
         share = jax.nn.log_softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))
         log_ratio = jnp.where(jnp.isfinite(share), share, 0.0) + jnp.log(log_weight.shape[0])
-        return jnp.sum(jnp.exp(share) * log_ratio)
+        return jnp.sum(jnp.exp(share) * log_ratio) < nats
 
-    def halve(_: Int[Array, ""], bounds: tuple[Float[Array, ""], Float[Array, ""]]):  # type: ignore[no-untyped-def]
-        low, high = bounds
-        middle = 0.5 * (low + high)
-        near = divergence(middle) < nats
-        return jnp.where(near, middle, low), jnp.where(near, high, middle)
-
-    one = jnp.ones((), log_weight.dtype)
-    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(one), one))
-    return jnp.where(divergence(one) < nats, one, low)
+    return furthest(near, jnp.zeros((), log_weight.dtype))
 
 
 def resample(key: Key, log_weight: Float[Array, " n"], num: int) -> Int[Array, " num"]:
