@@ -100,7 +100,7 @@ _PIECES = {
 SAMPLERS = (
     {
         "default": LogVarianceDISKernel,
-        "default on coarse grids": partial(DiffusionKernel, coarse_steps=10),
+        "default on whole grids": partial(LogVarianceDISKernel, coarse_steps=None),
         "single paths": partial(LogVarianceDISKernel, smc_particles=0),
     }
     | {

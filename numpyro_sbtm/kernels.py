@@ -96,6 +96,7 @@ _MODEL = """
 """
 
 _DIFFUSION = """
+        coarse_steps: 'dis' trains on at most so many of its steps, drawn anew for every block; None: on all.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
         num_times: how many of the T times enter each gradient; all for 'kl'.
@@ -150,7 +151,6 @@ class DiffusionKernel(LearnedKernel):
         divergence: 'log-variance', 'log-variance-per-start', 'sub-trajectory-log-variance' (four parts),
             'kl', 'kl-log-derivative' or 'trajectory-balance'.
         num_updates: updates on each block of simulated paths, which cost no call of the target.
-        coarse_steps: 'dis' trains on so many of its steps, drawn anew for every block; None: on all.
         exploration: at the start training simulates with noise larger by this part, which falls to nothing
             over the first half of warm-up.
         trust_region: with several updates, how far in nats they aim from the law of the block; None: at the
@@ -316,6 +316,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         model: Callable[..., Any] | None = None,
         potential_fn: Callable[..., Any] | None = None,
         *,
+        coarse_steps: int | None = 10,
         num_steps: int = 32,
         num_paths: int = 256,
         num_times: int = 16,
@@ -337,6 +338,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         super().__init__(
             model,
             potential_fn,
+            coarse_steps=None if coarse_steps is None else min(coarse_steps, num_steps),
             num_steps=num_steps,
             num_paths=num_paths,
             num_times=num_times,
