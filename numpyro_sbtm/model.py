@@ -19,6 +19,7 @@ from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.target import Key, LogDensity
+from numpyro_sbtm.lapack import most_points
 from numpyro_sbtm.stages import run_stages
 
 __all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensity"]
@@ -45,6 +46,7 @@ class Problem(NamedTuple):
         order: the coordinates of R^d in the order of the model's trace, shape ``[d]``.
         unravel: from a point of R^d to unconstrained values.
         together: at how many points the density may be evaluated at once, by the memory that takes.
+        most: at how many points it may be evaluated at all at once; None: at any number.
     """
 
     potential_gen: Callable[..., Callable[[Any], Float[Array, ""]]]
@@ -55,6 +57,7 @@ class Problem(NamedTuple):
     order: np.ndarray
     unravel: Callable[[Float[Array, " d"]], Any]
     together: int
+    most: int | None
 
     @property
     def small(self) -> bool:
@@ -161,7 +164,7 @@ def from_model(
         scouts,
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
-        _together(lambda x: potential_fn(unravel(x)), starts[0]),
+        *_at_once(lambda x: potential_fn(unravel(x)), starts[0], forward_mode),
     )
 
 
@@ -299,8 +302,8 @@ def from_potential(
         return potential_fn
 
     order = np.arange(flat.shape[1])
-    together = _together(lambda x: potential_fn(unravel(x)), starts[0])
-    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, together)
+    at_once = _at_once(lambda x: potential_fn(unravel(x)), starts[0], False)
+    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, *at_once)
 
 
 def logdensity(
@@ -319,7 +322,9 @@ def logdensity(
     def evaluate(x: Float[Array, " d"]) -> Float[Array, ""]:
         return -potential(problem.unravel(x))
 
-    if problem.small and not forward_mode:
+    sizes = [] if problem.small else [problem.together]
+    sizes += [] if problem.most is None else [problem.most]
+    if not sizes and not forward_mode:
         return evaluate
 
     def with_score(x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
@@ -328,15 +333,17 @@ def logdensity(
         return jax.value_and_grad(evaluate)(x)
 
     value, value_and_score = evaluate, with_score
-    if not problem.small:
-        value, value_and_score = (_in_batches(f, problem.together) for f in (evaluate, with_score))
+    if sizes:
+        value, value_and_score = (_in_batches(f, min(sizes)) for f in (evaluate, with_score))
     differentiable = jax.custom_vjp(value)
     differentiable.defvjp(value_and_score, lambda score, cotangent: (cotangent * score,))
     return differentiable
 
 
-def _together(function: Callable[..., Any], x: Float[Array, " d"]) -> int:
-    """Say at how many points a function may be evaluated at once, from the largest array that one makes."""
+def _at_once(
+    function: Callable[..., Any], x: Float[Array, " d"], forward_mode: bool
+) -> tuple[int, int | None]:
+    """Say at how many points a function may be evaluated at once, by its arrays and its factorisations."""
 
     def largest(jaxpr: Any) -> int:
         sizes = [0]
@@ -345,7 +352,9 @@ def _together(function: Callable[..., Any], x: Float[Array, " d"]) -> int:
             sizes += [largest(inner) for inner in jaxprs_in_params(equation.params)]
         return max(sizes)
 
-    return max(1, _MAX_BYTES // max(1, largest(jax.make_jaxpr(function)(x).jaxpr)))
+    together = max(1, _MAX_BYTES // max(1, largest(jax.make_jaxpr(function)(x).jaxpr)))
+    differentiated = jax.jacfwd(function) if forward_mode else jax.value_and_grad(function)
+    return together, most_points(jax.make_jaxpr(differentiated)(x).jaxpr)
 
 
 def _in_batches(function: Callable[..., Any], together: int) -> Callable[..., Any]:

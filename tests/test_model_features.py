@@ -12,8 +12,8 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import NUTS, init_to_uniform, log_likelihood
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal
 
-from numpyro_sbtm import LogVarianceDISKernel, report
-from numpyro_sbtm.model import from_model, logdensity
+from numpyro_sbtm import LogVarianceDISKernel, lapack, report
+from numpyro_sbtm.model import from_model, from_potential, logdensity
 
 WARMUP = {"dis": 300, "sbtm": 150}
 
@@ -151,6 +151,53 @@ def test_large_data_is_evaluated_a_few_points_at_a_time():
     np.testing.assert_allclose(values[3, 5], one, rtol=1e-5)
     hessian = jax.jit(jax.hessian(logdensity(problem, (x, y), {}, False)))(slopes[0, 0])
     np.testing.assert_allclose(hessian, -x.T @ x - np.eye(3) / 4.0, rtol=1e-3, atol=20.0)
+
+
+# ------------------------------------------------------------------ factorisations
+def gaussian_process(x):
+    t = jnp.linspace(0.0, 1.0, 5)
+    cov = jnp.exp(x[0] - (t[:, None] - t) ** 2 * jnp.exp(x[1])) + jnp.eye(5)
+    return dist.MultivariateNormal(covariance_matrix=cov).log_prob(jnp.sin(t))
+
+
+def two_covariances(x):
+    normals = [dist.MultivariateNormal(covariance_matrix=jnp.eye(2) + y**2) for y in x]
+    return sum(normal.log_prob(jnp.ones(2)) for normal in normals)
+
+
+@pytest.mark.parametrize(
+    ("density", "num_threads", "limited"),
+    [
+        (lambda x: -jnp.sum(x**2), 1, False),
+        # one after the other, and NumPyro's check of the covariance is not used
+        (gaussian_process, 2, False),
+        (gaussian_process, 1, True),
+        (two_covariances, 2, True),
+        (jax.jit(two_covariances), 2, True),
+        (lambda x: jax.lax.scan(lambda c, _: (c + two_covariances(x), None), 0.0, None, 3)[0], 2, True),
+        (two_covariances, 8, False),
+        (lambda x: two_covariances(jnp.zeros(2)) + jnp.sum(x), 2, False),
+    ],
+)
+def test_independent_factorisations_never_wait_for_each_other(density, num_threads, limited, monkeypatch):
+    monkeypatch.setattr(lapack, "_WAITING", True)  # of this JAX or not
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(density))(jnp.zeros(2)).jaxpr
+    assert (lapack.most_points(jaxpr, num_threads) is not None) == limited
+
+
+def test_densities_of_independent_factorisations_keep_their_values(monkeypatch):
+    monkeypatch.setattr(lapack, "_WAITING", True)
+    monkeypatch.setattr(lapack.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    options = {"num_chains": 1, "num_starts": 2}
+    start = jnp.zeros((1, 2))
+    problem = from_potential(jax.random.key(0), lambda x: -two_covariances(x), start, **options)
+    assert problem.small
+    assert problem.most is not None
+    points = jax.random.normal(jax.random.key(1), (problem.most + 10, 2))
+    values, scores = jax.jit(jax.vmap(jax.value_and_grad(logdensity(problem, (), {}, False))))(points)
+    exact, exact_scores = jax.jit(jax.vmap(jax.value_and_grad(two_covariances)))(points)
+    np.testing.assert_allclose(values, exact, rtol=1e-5)
+    np.testing.assert_allclose(scores, exact_scores, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------ downstream
