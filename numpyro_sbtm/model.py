@@ -363,17 +363,34 @@ def _in_batches(function: Callable[..., Any], together: int) -> Callable[..., An
     def wrap(batched: Callable[..., Any], size: int) -> Callable[..., Any]:
         wrapped = jax.custom_batching.custom_vmap(batched)
 
-        def rule(axis_size: int, _: Any, x: Array) -> tuple[Any, Any]:
+        def rule(axis_size: int, in_batched: list[bool], *args: Array) -> tuple[Any, Any]:
             if size * axis_size <= together:
-                out = wrap(jax.vmap(batched), size * axis_size)(x)
+                axes = [0 if mapped else None for mapped in in_batched]
+                out = wrap(jax.vmap(batched, axes), size * axis_size)(*args)
             else:
-                out = jax.lax.map(batched, x, batch_size=max(1, together // size))
+
+                def one(mapped: list[Array]) -> Any:
+                    rest = iter(mapped)
+                    return batched(*(next(rest) if m else a for m, a in zip(in_batched, args, strict=True)))
+
+                mapped = [arg for m, arg in zip(in_batched, args, strict=True) if m]
+                out = jax.lax.map(one, mapped, batch_size=max(1, together // size))
             return out, jax.tree.map(lambda _: True, out)
 
         wrapped.def_vmap(rule)
         return wrapped
 
+    def evaluate(x: Float[Array, " d"]) -> Any:
+        # data stay constants of the inner program: a branch under `vmap` would make a copy for every point
+        program, out = jax.make_jaxpr(jax.jit(function), return_shape=True)(x)
+
+        def call(x: Array, *traced: Array) -> Any:
+            flat = jax.core.eval_jaxpr(program.jaxpr, traced, x)
+            return jax.tree.unflatten(jax.tree.structure(out), flat)
+
+        return wrap(call, 1)(x, *program.consts)
+
     # only Hessians differentiate once more, at few points
-    differentiable = jax.custom_jvp(wrap(function, 1))
+    differentiable = jax.custom_jvp(evaluate)
     differentiable.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
     return differentiable

@@ -162,7 +162,7 @@ def gaussian_process(x):
 
 def two_covariances(x):
     normals = [dist.MultivariateNormal(covariance_matrix=jnp.eye(2) + y**2) for y in x]
-    return sum(normal.log_prob(jnp.ones(2)) for normal in normals)
+    return sum(normal.log_prob(PAIRS).sum() for normal in normals)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,12 @@ def test_densities_of_independent_factorisations_keep_their_values(monkeypatch):
     assert problem.most is not None
     points = jax.random.normal(jax.random.key(1), (problem.most + 10, 2))
     values, scores = jax.jit(jax.vmap(jax.value_and_grad(logdensity(problem, (), {}, False))))(points)
+    # a branch for each point, such as that of a line search, gets the data of the model too
+    one = logdensity(problem, (), {}, False)
+    branches = jax.vmap(lambda x: jax.lax.cond(x[0] > 0.0, one, lambda x: 0.0, x))
     exact, exact_scores = jax.jit(jax.vmap(jax.value_and_grad(two_covariances)))(points)
+    positive = np.where(points[:, 0] > 0.0, exact, 0.0)
+    np.testing.assert_allclose(jax.jit(branches)(points), positive, rtol=1e-5)
     np.testing.assert_allclose(values, exact, rtol=1e-5)
     np.testing.assert_allclose(scores, exact_scores, rtol=1e-4, atol=1e-5)
 
