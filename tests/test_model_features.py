@@ -153,6 +153,26 @@ def test_large_data_is_evaluated_a_few_points_at_a_time():
     np.testing.assert_allclose(hessian, -x.T @ x - np.eye(3) / 4.0, rtol=1e-3, atol=20.0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "held"), [("dis", "by the model"), ("sbtm", "as arguments")])
+def test_ten_thousand_rows_from_end_to_end(kind, held):
+    rows = 10_000
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 3)).astype(np.float32)
+    y = (x @ np.array([1.0, 0.0, -1.0]) + rng.normal(size=rows)).astype(np.float32)
+
+    def model(x=x, y=y):
+        slope = numpyro.sample("slope", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(x @ slope, 1.0), obs=y)
+
+    args = (x, y) if held == "as arguments" else ()
+    mcmc = run_chains(KERNELS[kind](model), *args, warmup=60)
+    cov = np.linalg.inv(x.T @ x + np.eye(3) / 4.0)
+    z = (np.asarray(mcmc.get_samples()["slope"]) - cov @ x.T @ y) / np.sqrt(np.diag(cov))
+    assert np.all(np.abs(z.mean(0)) < 0.15)
+    assert np.all(np.abs(np.log(z.std(0))) < 0.15)
+
+
 # ------------------------------------------------------------------ factorisations
 def gaussian_process(x):
     t = jnp.linspace(0.0, 1.0, 5)

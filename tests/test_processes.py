@@ -326,6 +326,7 @@ def test_a_buffer_holds_ends_by_weight():
             {"exploration": optax.constant_schedule(0.1)},
             "`exploration` draws paths from another",
         ),
+        ("pis", kl(), {"buffer_size": 64}, "`buffer_size` is 64, but the buffer holds starts of backward"),
         ("pis", log_variance(), {"trust_region": 1.0}, "asks for several updates on one block"),
         ("pis", log_variance(), {"trust_region": -1.0, "num_updates": 2}, "`trust_region` must be positive"),
     ],

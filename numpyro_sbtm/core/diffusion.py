@@ -156,6 +156,12 @@ def diffusion(
             "`exploration` draws paths from another chain, but `divergence` needs those of the current one. "
             "Log-variance and trajectory balance are valid for any paths."
         )
+    if buffer_size and not off_policy:
+        raise ValueError(
+            f"`buffer_size` is {buffer_size}, but the buffer holds starts of backward paths, and "
+            "`divergence` needs paths of the current forward chain. Pass 0, or take log-variance or "
+            "trajectory balance."
+        )
     if trust_region is not None and not (trust_region > 0 and num_updates > 1):
         raise ValueError(
             "`trust_region` must be positive and asks for several updates on one block, got "
@@ -181,7 +187,7 @@ def diffusion(
     extra_optimiser = optax.adam(divergence.extra_rate)
 
     kept = None
-    if buffer_size and off_policy:
+    if buffer_size:
         blank = jnp.full((buffer_size, target.dim), jnp.nan)  # forward paths take the place of such ends
         kept = blank if endpoints is None else jnp.resize(endpoints, (buffer_size, target.dim))
     have_ends = kept is not None or endpoints is not None
