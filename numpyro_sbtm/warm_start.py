@@ -39,14 +39,15 @@ _FAR = 20.0  # bound on where scouts lie, in whitened units
 _NUM_PARTICLES = 4096
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
-_MAX_TEMPERATURES = 60
+_MAX_TEMPERATURES = 80
 _DENSE = 128  # dimensions up to which there are matrices
 _RANK, _SUBSPACE_STEPS = 16, 20
 _MOVES, _LEAPS = 3, 8  # HMC transitions per temperature, leapfrog steps of each
 _TARGET_ACCEPTANCE = 0.7
 _SMALLEST_STEP = 0.1  # step sizes of HMC vary by this factor, so that some particles enter narrow places
 _LAST_ROUNDS = 5  # of moves at the target itself
-_MAX_ROUNDS = 15  # where particles still spread
+_MORE_ROUNDS = 15  # where particles spread
+_MAX_ROUNDS = 45  # where they spread even then; their spreading is then measured anew
 
 
 def tempered_particles(
@@ -66,8 +67,9 @@ def tempered_particles(
 
     Returns:
         Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; the number of target
-        gradients spent; and by what part moves at the target itself have changed a variance at least, zero
-        where that is within noise: beyond it particles had not arrived, and may not have now.
+        gradients spent; and by what part moves at the target itself have changed a variance at least, the
+        last thirty where there are so many, zero where that is within noise: beyond it particles had not
+        arrived, and may not have now.
 
     Reference:
         Del Moral, Doucet & Jasra (2006), Sequential Monte Carlo samplers; blackjax runs it.
@@ -104,7 +106,7 @@ def tempered_particles(
     def advance(carry):  # type: ignore[no-untyped-def]
         k, rounds, arrived, state, step_size, log_z = carry
         # blackjax resamples, moves and then weighs: the first round at the target ends the tempering
-        arrived = jnp.where(rounds <= 1, state.particles, arrived)
+        arrived = jnp.where((rounds <= 1) | (rounds == _MORE_ROUNDS), state.particles, arrived)
         spread = jax.random.uniform(jax.random.fold_in(key_steps, k), (num_particles,), particles.dtype)
         parameters = {
             "step_size": step_size * _SMALLEST_STEP**spread,
@@ -119,8 +121,8 @@ def tempered_particles(
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
         k, rounds, arrived, state, *_ = carry
-        spreading = (rounds < _MAX_ROUNDS) & (_drift(arrived, state.particles) > 0.0)
-        return ((rounds < _LAST_ROUNDS) | spreading) & (k < _MAX_TEMPERATURES)
+        spreading = (_drift(arrived, state.particles) > 0.0) | (rounds > _MORE_ROUNDS)
+        return ((rounds < _LAST_ROUNDS) | (spreading & (rounds < _MAX_ROUNDS))) & (k < _MAX_TEMPERATURES)
 
     state = adaptive_tempered.init(particles)
     state = state._replace(tempering_param=jnp.zeros((), particles.dtype))
