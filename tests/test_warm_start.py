@@ -209,13 +209,17 @@ def test_tempered_particles_weigh_separated_modes():
     assert abs(float(jnp.mean(x[:, 0] < 0)) - 0.3) < 0.05
 
 
-@pytest.mark.parametrize(("spread", "arrived"), [(4.0, True), (0.3, False)])
-def test_particles_that_had_not_arrived_are_known_by_their_drift(spread, arrived):
-    wide = gaussian(np.zeros(2), 9.0 * np.eye(2))
+@pytest.mark.parametrize(
+    ("std", "spread", "arrived"), [(3.0, 4.0, True), (3.0, 0.3, True), (1e12, 0.3, False)]
+)
+def test_particles_move_until_they_arrive_or_their_drift_tells(std, spread, arrived):
+    wide = gaussian(np.zeros(2), std**2 * np.eye(2))
     run = jax.jit(lambda key: tempered_particles(key, wide, normal(2, spread)))
     x, _, gradients, drift = run(jax.random.key(0))
     assert (drift == 0.0) == arrived
     assert jnp.all(jnp.isfinite(x)) and gradients > 0
+    if arrived:
+        assert_within(jnp.std(x, 0), std, 2 * std / np.sqrt(2 * len(x)))  # moves leave particles dependent
 
 
 def narrow_and_wide(x):
