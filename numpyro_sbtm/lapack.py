@@ -7,6 +7,7 @@ not depend on each other run at once. A call with little work has no parts.
 """
 
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.extend.core import Var, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import Array
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
@@ -39,11 +41,12 @@ _OPERATIONS = {"cholesky": 1, "triangular_solve": 2}  # floating-point operation
 _MOST_OPERATIONS = 25  # the same, of a singular value decomposition
 
 
-def most_points(jaxpr: Any, num_threads: int | None = None) -> int | None:
+def most_points(function: Callable[..., Any], x: Array, num_threads: int | None = None) -> int | None:
     """Say at how many points a function may be evaluated together, None where any number is safe.
 
     Args:
-        jaxpr: of the function at one point.
+        function: of one point. It is traced only where the answer depends on it.
+        x: a point.
         num_threads: in XLA's pool; None: one for each processor of this process.
     """
     if not _WAITING or jax.default_backend() != "cpu":
@@ -87,6 +90,7 @@ def most_points(jaxpr: Any, num_threads: int | None = None) -> int | None:
             earlier |= dict(zip(equation.outvars, outputs, strict=True))
         return [calls(var) for var in jaxpr.outvars]
 
+    jaxpr = jax.make_jaxpr(function)(x).jaxpr
     used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     walk(used, [frozenset()] * len(used.invars))
     # Dilworth (1950): of calls that are all independent there are as many as chains that cover the order

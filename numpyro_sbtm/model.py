@@ -354,7 +354,7 @@ def _at_once(
 
     together = max(1, _MAX_BYTES // max(1, largest(jax.make_jaxpr(function)(x).jaxpr)))
     differentiated = jax.jacfwd(function) if forward_mode else jax.value_and_grad(function)
-    return together, most_points(jax.make_jaxpr(differentiated)(x).jaxpr)
+    return together, most_points(differentiated, x)
 
 
 def _in_batches(function: Callable[..., Any], together: int) -> Callable[..., Any]:
