@@ -52,6 +52,11 @@ class DiffusionState(NamedTuple):
     stale: Int[Array, ""]
 
 
+def _subset(key: Key, n: int, m: int) -> Int[Array, " m"]:
+    """Draw m of the numbers below n, without replacement."""
+    return jax.lax.top_k(jax.random.uniform(key, (n,)), m)[1]
+
+
 _MIN_STEPS = 50
 _WINDOW = 50  # of the moving average of the variance
 _LESS = 0.95  # a variance below this share of the best is falling
@@ -199,16 +204,16 @@ def diffusion(
         if coarse_steps is None:
             return process
         assert process.coarse is not None
-        inner = jax.random.choice(key, num_steps - 1, (coarse_steps - 1,), replace=False) + 1
+        inner = _subset(key, num_steps - 1, coarse_steps - 1) + 1
         return process.coarse(jnp.concatenate([jnp.array([0]), jnp.sort(inner), jnp.array([num_steps])]))
 
     def backward_points(here: Process, state: DiffusionState, key: Key) -> Float[Array, "b T1 d"]:
         pool = endpoints if kept is None else state.buffer
         assert pool is not None
-        key_ends, key_noise = jax.random.split(key)
-        ends = pool[jax.random.randint(key_ends, (num_backward,), 0, len(pool))]
+        # evenly spaced, others in the next step: neighbours may descend from one another
+        ends = pool[(state.step + jnp.arange(num_backward) * len(pool) // num_backward) % len(pool)]
         return jax.vmap(lambda k, x: noise_path(here, state.params, target, k, x))(
-            jax.random.split(key_noise, num_backward), ends
+            jax.random.split(key, num_backward), ends
         )
 
     def batch(
@@ -287,19 +292,19 @@ def diffusion(
         return (params, average, opt_state), skipped
 
     def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
-        key_paths, key_back, key_times = jax.random.split(key, 3)
-        here, buffer = grid(jax.random.fold_in(key, 3)), state.buffer
+        key_grid, key_paths, key_back, key_buffer, key_times = jax.random.split(key, 5)
+        here, buffer = grid(key_grid), state.buffer
         carry = state.params, state.average, state.opt_state
         extra, extra_opt_state = state.extra, state.extra_opt_state
         if divergence.detach:
             paths = detached_batch(here, state, key_paths, key_back)
-            buffer = refreshed(jax.random.fold_in(key, 4), state, paths)
+            buffer = refreshed(key_buffer, state, paths)
             aimed = aim(paths)
 
             def one(carry, key_k):  # type: ignore[no-untyped-def]
                 times = None
-                if num_times is not None:
-                    times = jax.random.choice(key_k, num_simulated, (num_times,), replace=False)
+                if num_times not in (None, num_simulated):
+                    times = _subset(key_k, num_simulated, num_times)
                 now = aimed
                 if num_updates > 1:
                     now = jax.vmap(lambda path: reevaluate(here, carry[0], path))(aimed)
@@ -307,7 +312,8 @@ def diffusion(
                 carry, skipped = update(carry, gradient, state.step)
                 return carry, (loss, skipped)
 
-            carry, (losses, skips) = jax.lax.scan(one, carry, jax.random.split(key_times, num_updates))
+            keys = key_times[None] if num_updates == 1 else jax.random.split(key_times, num_updates)
+            carry, (losses, skips) = jax.lax.scan(one, carry, keys)
             loss, skipped = losses[0], jnp.sum(skips, dtype=jnp.int32)
             if extra is not None:
                 slope = jax.grad(lambda extra: divergence.value(paths, extra))(extra)

@@ -97,7 +97,7 @@ def simulate(
         ((5, 2), 1.8379)
     """
     last = process.num_steps - 1
-    key_init, key_steps = jax.random.split(key)
+    keys = jax.random.split(key, process.num_steps + 2)
 
     def point(k: Int[Array, ""], drawn: Float[Array, " d"]) -> Float[Array, " d"]:
         if given is not None:
@@ -117,8 +117,8 @@ def simulate(
         return (x, after), (x, score, forward.log_prob(after), log_backward, log_target)
 
     init = process.init(params)
-    x0 = point(jnp.zeros((), jnp.int32), init.sample(key_init))
-    steps = jnp.arange(process.num_steps + 1), jax.random.split(key_steps, process.num_steps + 1)
+    x0 = point(jnp.zeros((), jnp.int32), init.sample(keys[0]))
+    steps = jnp.arange(process.num_steps + 1), keys[1:]
     _, (xs, scores, log_forward, log_backward, log_targets) = jax.lax.scan(step, (x0, x0), steps)
     log_init = init.log_prob(x0)
     return Path(xs, scores, log_init, log_forward[:-1], log_backward[1:], log_targets[-1])
