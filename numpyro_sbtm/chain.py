@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
@@ -328,7 +329,7 @@ def learned_chain(
             k, times, ensemble, block, _ = carry
             key = jax.random.fold_in(key_block, k)
             flat = propose(key, state.training._replace(ensemble=ensemble), size, args, kwargs)
-            new = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
+            new = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype), flat, block)
             if ensemble is not None:  # the very first block decides; if it is poor, it is not used
                 weight = clean(flat.log_weight)
                 poor = (tail_index(weight) > USABLE_KHAT) & (ess_fraction(weight) < NEARLY_EQUAL)
@@ -412,6 +413,10 @@ def learned_chain(
             **{name: jax.tree.map(same, getattr(new, name), getattr(state, name)) for name in typed}
         )
 
+    def filled(shape: tuple[int, ...], value: float, dtype: Any = dtype) -> Array:
+        # by NumPy: JAX would compile a program for every shape
+        return jnp.asarray(np.full(shape, value, dtype))
+
     def init(key: Key, warm: WarmStart, doubtful: bool) -> KernelState:
         z = problem.positions
         energy = jax.jit(jax.vmap(problem.potential_gen(*model_args, **model_kwargs)))(z)
@@ -420,30 +425,29 @@ def learned_chain(
         key_algorithm, rng_key = jax.random.split(key)
         first = algorithm_of(warm, model_args, model_kwargs).init
         (algorithm,) = run_stages([lambda key: (first(key),)], key_algorithm)
-        zero = jnp.zeros((), jnp.int32)
+        blank, zero, no = filled(chains, 0.0), filled((), 0, jnp.int32), filled((), False, bool)
         training = Training(
             warm=warm,
             algorithm=algorithm,
-            finished=jnp.zeros((), bool),
+            finished=no,
             num_steps=zero,
-            loss=jnp.full(num_warmup, jnp.nan, dtype),
+            loss=filled((num_warmup,), jnp.nan),
             skipped_updates=zero,
             gradients=warm.gradients,
-            ensemble=jnp.zeros((), bool) if ensembles and doubtful else None,
+            ensemble=no if ensembles and doubtful else None,
         )
-        # filled at the first draw; only its shapes are needed before
-        block = jax.eval_shape(lambda: propose(key, training, size, model_args, model_kwargs))
-        block = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), block)
-        blank = jnp.zeros(chains, dtype)
+        # filled at the first draw
+        empty = filled(shape, 0.0)
+        block = Proposals(filled((*shape, dim), 0.0), empty, empty, filled(shape, False, bool))
         state = KernelState(
-            i=jnp.zeros((), jnp.int32),
+            i=zero,
             z=z,
             potential_energy=energy.astype(dtype),
-            log_weight=jnp.full(chains, -jnp.inf, dtype),
+            log_weight=filled(chains, -jnp.inf),
             accept_prob=blank,
             mean_accept_prob=blank,
-            diverging=jnp.zeros(chains, bool),
-            nonfinite_proposals=jnp.zeros(chains, jnp.int32),
+            diverging=filled(chains, False, bool),
+            nonfinite_proposals=filled(chains, 0, jnp.int32),
             log_mean_inverse_weight=blank,
             training=training,
             block=block,

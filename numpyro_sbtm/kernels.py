@@ -238,8 +238,9 @@ class DiffusionKernel(LearnedKernel):
         self._process, self._divergence = process, divergence  # names: kernels are pickled
         self._num_steps = num_steps
         self._num_paths = num_paths
-        self._num_times = min(num_times, num_steps, coarse_steps or num_steps)
-        self._num_updates, self._coarse_steps = num_updates, coarse_steps
+        self._coarse_steps = None if coarse_steps is None else min(coarse_steps, num_steps)
+        self._num_times = min(num_times, self._coarse_steps or num_steps)
+        self._num_updates = num_updates
         self._exploration, self._trust_region = exploration, trust_region
         self._buffer_size = buffer_size
         self._learning_rate = learning_rate
@@ -338,7 +339,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         super().__init__(
             model,
             potential_fn,
-            coarse_steps=None if coarse_steps is None else min(coarse_steps, num_steps),
+            coarse_steps=coarse_steps,
             num_steps=num_steps,
             num_paths=num_paths,
             num_times=num_times,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, log_variance, two_pass_gradient
@@ -17,6 +17,44 @@ from numpyro_sbtm.core.target import Key, Params, Target
 from numpyro_sbtm.core.weights import clean, reachable, resample
 
 __all__ = ["DiffusionState", "diffusion"]
+
+
+_MIN_STEPS = 50
+_WINDOW = 50  # of the moving average of the variance
+_LESS = 0.95  # a variance below this share of the best is falling
+_WORSE = 2.0  # a variance above this multiple of the first undoes the training
+
+
+class Progress(NamedTuple):
+    """How the variance of the log weights falls, each taken before the update on its own paths.
+
+    Attributes:
+        recent: its moving average, shape ``[]``.
+        first: the variance at the start, shape ``[]``.
+        best: the lowest such average at which it was still falling, shape ``[]``.
+        stale: steps since then, shape ``[]``.
+    """
+
+    recent: Float[Array, ""]
+    first: Float[Array, ""]
+    best: Float[Array, ""]
+    stale: Int[Array, ""]
+
+    def after(self, step: Int[Array, ""], now: Float[Array, ""]) -> "Progress":
+        """Take in the variance of a step, counted from 0."""
+        window = jnp.minimum(_WINDOW, step + 1)
+        recent = jnp.where(jnp.isfinite(self.recent), self.recent + (now - self.recent) / window, now)
+        falling = recent < _LESS * self.best
+        return Progress(
+            recent=recent.astype(self.recent.dtype),
+            first=jnp.where(step == 0, now, self.first).astype(self.first.dtype),
+            best=jnp.where(falling & (step > _WINDOW), recent, self.best).astype(self.best.dtype),
+            stale=jnp.where(falling, 0, self.stale + 1),
+        )
+
+    def undone(self) -> Bool[Array, ""]:
+        """Say whether training has made the log weights vary twice as much."""
+        return self.recent > _WORSE * self.first
 
 
 class DiffusionState(NamedTuple):
@@ -31,11 +69,7 @@ class DiffusionState(NamedTuple):
         extra: what the divergence learns itself, such as log Z or a network's parameters, or None.
         extra_opt_state: state of its optimiser.
         buffer: ends of earlier paths, resampled by weight, shape ``[m, d]``; None without a buffer.
-        recent: moving average of the variance of the log weights, each taken before the update on its own
-            paths, shape ``[]``.
-        first: the variance at the start, shape ``[]``.
-        best: the lowest such average at which it was still falling, shape ``[]``.
-        stale: steps since then, shape ``[]``.
+        progress: the variance of the log weights so far.
     """
 
     step: Int[Array, ""]
@@ -46,21 +80,78 @@ class DiffusionState(NamedTuple):
     extra: Any
     extra_opt_state: optax.OptState
     buffer: Float[Array, "m d"] | None
-    recent: Float[Array, ""]
-    first: Float[Array, ""]
-    best: Float[Array, ""]
-    stale: Int[Array, ""]
+    progress: Progress
+
+
+def _check_options(
+    process: Process,
+    divergence: Divergence,
+    *,
+    num_paths: int,
+    num_times: int | None,
+    num_updates: int,
+    coarse_steps: int | None,
+    explores: bool,
+    trust_region: float | None,
+    buffer_size: int,
+) -> None:
+    """Raise for what `diffusion` cannot do; see there."""
+    num_steps = process.num_steps
+    num_simulated = num_steps if coarse_steps is None else coarse_steps
+    if num_paths < 2:
+        raise ValueError(f"`num_paths` must be at least 2 for a variance, got {num_paths}.")
+    if not 1 <= num_simulated <= num_steps:
+        raise ValueError(f"`coarse_steps` must be between 1 and {num_steps}, got {coarse_steps}.")
+    if num_times is not None and not 1 <= num_times <= num_simulated:
+        raise ValueError(f"`num_times` must be between 1 and {num_simulated}, got {num_times}.")
+    if process.learns_reference and not divergence.any_reference:
+        raise ValueError(
+            "`divergence` is not sound for a `process` that learns the law of x_0 or the size of its noise: "
+            "both path laws then move, the gradient of a variance of log weights is no longer that of a KL "
+            "divergence, and what it lowers no longer bounds how far the draws are off (Sanokowski et al. "
+            "2025). Take 'kl' or 'kl-log-derivative', or a process with a fixed reference."
+        )
+    if coarse_steps is not None and (process.coarse is None or not divergence.any_grid):
+        who = "`process`" if process.coarse is None else "`divergence`"
+        raise ValueError(f"`coarse_steps` is {coarse_steps}, but {who} is tied to its grid. Pass None.")
+    off_policy = divergence.detach and not divergence.on_policy
+    if explores and not off_policy:
+        raise ValueError(
+            "`exploration` draws paths from another chain, but `divergence` needs those of the current one. "
+            "Log-variance and trajectory balance are valid for any paths."
+        )
+    if buffer_size and not off_policy:
+        raise ValueError(
+            f"`buffer_size` is {buffer_size}, but the buffer holds starts of backward paths, and "
+            "`divergence` needs paths of the current forward chain. Pass 0, or take log-variance or "
+            "trajectory balance."
+        )
+    if trust_region is not None and not (trust_region > 0 and num_updates > 1):
+        raise ValueError(
+            "`trust_region` must be positive and asks for several updates on one block, got "
+            f"{trust_region} with `num_updates` = {num_updates}."
+        )
+    if divergence.on_policy and num_updates != 1:
+        raise ValueError(
+            "`divergence` needs paths of the current forward chain: `num_updates` must be 1, got "
+            f"{num_updates}. Log-variance and trajectory balance take several updates on one block."
+        )
+    if not divergence.detach and (num_updates != 1 or num_times is not None):
+        raise ValueError(
+            "`divergence` differentiates through the simulation, so that every update needs its own: "
+            f"`num_updates` must be 1 and `num_times` None, got {num_updates} and {num_times}."
+        )
+
+    group = divergence.paths_per_start
+    if num_paths % group:
+        raise ValueError(
+            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {num_paths}."
+        )
 
 
 def _subset(key: Key, n: int, m: int) -> Int[Array, " m"]:
     """Draw m of the numbers below n, without replacement."""
     return jax.lax.top_k(jax.random.uniform(key, (n,)), m)[1]
-
-
-_MIN_STEPS = 50
-_WINDOW = 50  # of the moving average of the variance
-_LESS = 0.95  # a variance below this share of the best is falling
-_WORSE = 2.0  # a variance above this multiple of the first undoes the training
 
 
 def diffusion(
@@ -139,55 +230,18 @@ def diffusion(
     """
     num_steps = process.num_steps
     num_simulated = num_steps if coarse_steps is None else coarse_steps
-    if num_paths < 2:
-        raise ValueError(f"`num_paths` must be at least 2 for a variance, got {num_paths}.")
-    if not 1 <= num_simulated <= num_steps:
-        raise ValueError(f"`coarse_steps` must be between 1 and {num_steps}, got {coarse_steps}.")
-    if num_times is not None and not 1 <= num_times <= num_simulated:
-        raise ValueError(f"`num_times` must be between 1 and {num_simulated}, got {num_times}.")
-    if process.learns_reference and not divergence.any_reference:
-        raise ValueError(
-            "`divergence` is not sound for a `process` that learns the law of x_0 or the size of its noise: "
-            "both path laws then move, the gradient of a variance of log weights is no longer that of a KL "
-            "divergence, and what it lowers no longer bounds how far the draws are off (Sanokowski et al. "
-            "2025). Take 'kl' or 'kl-log-derivative', or a process with a fixed reference."
-        )
-    if coarse_steps is not None and (process.coarse is None or not divergence.any_grid):
-        who = "`process`" if process.coarse is None else "`divergence`"
-        raise ValueError(f"`coarse_steps` is {coarse_steps}, but {who} is tied to its grid. Pass None.")
-    off_policy = divergence.detach and not divergence.on_policy
-    if exploration is not None and not off_policy:
-        raise ValueError(
-            "`exploration` draws paths from another chain, but `divergence` needs those of the current one. "
-            "Log-variance and trajectory balance are valid for any paths."
-        )
-    if buffer_size and not off_policy:
-        raise ValueError(
-            f"`buffer_size` is {buffer_size}, but the buffer holds starts of backward paths, and "
-            "`divergence` needs paths of the current forward chain. Pass 0, or take log-variance or "
-            "trajectory balance."
-        )
-    if trust_region is not None and not (trust_region > 0 and num_updates > 1):
-        raise ValueError(
-            "`trust_region` must be positive and asks for several updates on one block, got "
-            f"{trust_region} with `num_updates` = {num_updates}."
-        )
-    if divergence.on_policy and num_updates != 1:
-        raise ValueError(
-            "`divergence` needs paths of the current forward chain: `num_updates` must be 1, got "
-            f"{num_updates}. Log-variance and trajectory balance take several updates on one block."
-        )
-    if not divergence.detach and (num_updates != 1 or num_times is not None):
-        raise ValueError(
-            "`divergence` differentiates through the simulation, so that every update needs its own: "
-            f"`num_updates` must be 1 and `num_times` None, got {num_updates} and {num_times}."
-        )
-
+    _check_options(
+        process,
+        divergence,
+        num_paths=num_paths,
+        num_times=num_times,
+        num_updates=num_updates,
+        coarse_steps=coarse_steps,
+        explores=exploration is not None,
+        trust_region=trust_region,
+        buffer_size=buffer_size,
+    )
     group = divergence.paths_per_start
-    if num_paths % group:
-        raise ValueError(
-            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {num_paths}."
-        )
     spread = log_variance().value
     extra_optimiser = optax.adam(divergence.extra_rate)
 
@@ -277,10 +331,7 @@ def diffusion(
             extra=extra,
             extra_opt_state=extra_opt_state,
             buffer=kept,
-            recent=far,
-            first=far,
-            best=far,
-            stale=zero,
+            progress=Progress(recent=far, first=far, best=far, stale=zero),
         )
 
     def update(carry, gradient, step):  # type: ignore[no-untyped-def]
@@ -328,13 +379,9 @@ def diffusion(
             carry, skip = update(carry, gradient, state.step)
             skipped = skip.astype(jnp.int32)
         gradients = jnp.asarray(num_paths * (num_simulated + 1), jnp.int32)
-        past, window = state.recent, jnp.minimum(_WINDOW, state.step + 1)
-        now = spread(paths)
-        recent = jnp.where(jnp.isfinite(past), past + (now - past) / window, now)
-        falling = recent < _LESS * state.best
-        stale = jnp.where(falling, 0, state.stale + 1)
-        finished = (recent < goal) | ((stale > patience) & (recent < good_enough))
-        best = jnp.where(falling & (state.step > _WINDOW), recent, state.best)
+        progress = state.progress.after(state.step, spread(paths))
+        recent = progress.recent
+        finished = (recent < goal) | ((progress.stale > patience) & (recent < good_enough))
         params, average, opt_state = carry
         new = state._replace(
             step=state.step + 1,
@@ -344,15 +391,12 @@ def diffusion(
             extra=extra,
             extra_opt_state=extra_opt_state,
             buffer=buffer,
-            recent=recent.astype(past.dtype),
-            first=jnp.where(state.step == 0, now, state.first).astype(past.dtype),
-            best=best.astype(past.dtype),
-            stale=stale,
+            progress=progress,
         )
         return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
 
     def params_of(state: DiffusionState) -> Params:
-        undone = state.recent > _WORSE * state.first
+        undone = state.progress.undone()
         return jax.tree.map(lambda a, b: jnp.where(undone, a, b), state.start, state.average)
 
     single, several = path_draws(process, target, params_of, smc_particles)
