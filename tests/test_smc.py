@@ -45,9 +45,8 @@ def test_weights_of_ensembles_are_unbiased_both_ways(make):
     ensemble, state, single = make(target)
     draws = jax.jit(lambda key: ensemble.draw(key, state, n))(jax.random.key(1))
     weight = np.exp(np.asarray(draws.log_weight))
-    assert (
-        weight.std() < 0.6 * np.exp(np.asarray(jax.jit(lambda key: single(key, n))(jax.random.key(2)))).std()
-    )
+    # of the logarithms: the variance of the weights themselves hangs on the largest
+    assert jnp.std(draws.log_weight) < 0.6 * jnp.std(jax.jit(lambda key: single(key, n))(jax.random.key(2)))
     np.testing.assert_allclose(draws.logdensity, jax.vmap(target.logdensity_fn)(draws.x), rtol=1e-9)
     truth = np.asarray(target.sample(jax.random.key(3), 200_000))
     for feature in (lambda x: 1.0 + 0.0 * x, lambda x: x, lambda x: x**2, lambda x: 1.0 * (x > 0)):
