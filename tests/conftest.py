@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes in the core's signatures are checked at run time; float64 where an identity asks for it."""
+"""Shapes in the core's signatures are checked at run time; float64 where an identity asks for it.
+
+Almost all of the time of quick tests is compilation.
+"""
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("numpyro_sbtm.core", "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Optimise no programs that run once, and those of long tests."""
+    long = item.get_closest_marker("slow") or item.get_closest_marker("long")
+    jax.config.update("jax_disable_most_optimizations", not long)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def run(kernel, target, correction, local=None, num_samples=5000):
 @pytest.mark.parametrize(
     ("kernel", "name", "local"),
     [
-        ("dis", "correlated", "hmc"),
+        pytest.param("dis", "correlated", "hmc", marks=pytest.mark.slow),
         ("dis", "two_modes", None),
         pytest.param("dis", "two_modes", "nuts", marks=pytest.mark.slow),
         ("sbtm", "correlated", "mala"),

@@ -47,14 +47,6 @@ def error_of_mean(draws):
     return np.std(draws) / np.sqrt(effective_sample_size(draws[None]))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Spend less on optimising programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal():
     numpyro.sample("x", dist.Normal(0.0, 1.0))
 
@@ -383,7 +375,7 @@ def test_report_refuses_other_kernels_and_unfinished_runs():
 
 
 # ------------------------------------------------------------------ bad posteriors
-@both_kinds
+@one_kind_quickly
 def test_an_improper_posterior_is_not_called_reliable(kind):
     def model():
         numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (2,)))

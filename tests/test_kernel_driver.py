@@ -56,14 +56,12 @@ def model(y, offset=None):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation_and_a_real_progress_bar():
-    """Spend less on optimising programs that run once; `CI` and xdist would switch the bar off."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def a_real_progress_bar():
+    """`CI` and xdist would switch the bar off."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CI", raising=False)
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def rows(samples):
@@ -87,12 +85,19 @@ METHODS = {
 
 # without devices for it, "parallel" runs the program of "sequential"
 ONE_KIND = {"sequential": "dis", "parallel": "sbtm"}
+ALSO_SLOWLY = {("shared", "sbtm"), ("vmap", "dis"), ("independent", "dis")}
 
 
 # NumPyro donates buffers that a callable chain method batches, whatever the kernel
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable:UserWarning")
 @pytest.mark.parametrize(
-    ("method", "kind"), [(m, kind) for m in METHODS for kind in KINDS if ONE_KIND.get(m, kind) == kind]
+    ("method", "kind"),
+    [
+        pytest.param(m, kind, marks=[pytest.mark.slow] if (m, kind) in ALSO_SLOWLY else [])
+        for m in METHODS
+        for kind in KINDS
+        if ONE_KIND.get(m, kind) == kind
+    ],
 )
 def test_every_chain_method_gives_valid_chains_and_fields(method, kind):
     chain_method, options, chains, bar, make_key = METHODS[method]
@@ -245,7 +250,8 @@ def test_jitted_arguments_give_each_data_set_its_posterior(kind):
         assert abs(mu.mean() - y.sum() / 2) < 5 * error
 
 
-@one_kind_quickly
+@pytest.mark.slow
+@both_kinds
 def test_simulation_based_calibration_in_jit_and_vmap(kind):
     num_sims, num_draws = 64, 60
 
@@ -265,7 +271,7 @@ def test_simulation_based_calibration_in_jit_and_vmap(kind):
 
 
 @one_kind_quickly
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_tracers_do_not_leak(kind, shared):
     # of the kernel; `MCMC` under `jit` leaves tracers in JAX's caches, with NUTS too
     def advance(key, y):
@@ -313,6 +319,7 @@ for kind in t.KINDS:
 """
 
 
+@pytest.mark.slow
 def test_double_precision_gives_double_draws():
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
