@@ -5,6 +5,7 @@ python -m benchmarks posteriors [--only NAME;...] [--samplers nuts;smc;dis;sbtm]
 python -m benchmarks diffusions [--only NAME;...] [--samplers NAME] [--seeds 3] [--output F] [--report DIR]
 python -m benchmarks sbtm [--only NAME;...] [--samplers sbtm;langevin] [--seeds 5] [--output F] [--report DIR]
 python -m benchmarks steps [--only "256 x 64"] [--output FILE]
+python -m benchmarks estimators [--only NAME;...] [--seeds 3] [--output FILE]
 """
 
 import argparse
@@ -18,9 +19,15 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import diffusions, posteriors, steps, transport
+from benchmarks import diffusions, estimators, posteriors, steps, transport
 
-SUITES = {"diffusions": diffusions, "posteriors": posteriors, "sbtm": transport, "steps": steps}
+SUITES = {
+    "diffusions": diffusions,
+    "estimators": estimators,
+    "posteriors": posteriors,
+    "sbtm": transport,
+    "steps": steps,
+}
 
 
 def provenance():

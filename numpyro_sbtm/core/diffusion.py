@@ -343,7 +343,8 @@ def diffusion(
         return (params, average, opt_state), skipped
 
     def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
-        key_grid, key_paths, key_back, key_buffer, key_times = jax.random.split(key, 5)
+        keys = jax.random.split(key, 4 + num_updates)
+        key_grid, key_paths, key_back, key_buffer = keys[:4]
         here, buffer = grid(key_grid), state.buffer
         carry = state.params, state.average, state.opt_state
         extra, extra_opt_state = state.extra, state.extra_opt_state
@@ -363,8 +364,7 @@ def diffusion(
                 carry, skipped = update(carry, gradient, state.step)
                 return carry, (loss, skipped)
 
-            keys = key_times[None] if num_updates == 1 else jax.random.split(key_times, num_updates)
-            carry, (losses, skips) = jax.lax.scan(one, carry, keys)
+            carry, (losses, skips) = jax.lax.scan(one, carry, keys[4:])
             loss, skipped = losses[0], jnp.sum(skips, dtype=jnp.int32)
             if extra is not None:
                 slope = jax.grad(lambda extra: divergence.value(paths, extra))(extra)
