@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from numpyro_sbtm.core import diffusion, kl, kl_log_derivative, log_variance, simulate, two_pass_gradient
+from benchmarks.steps import batch_of
+from numpyro_sbtm.core import diffusion, kl, kl_log_derivative, log_variance, two_pass_gradient
 from numpyro_sbtm.kernels import PROCESSES
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
@@ -53,10 +54,7 @@ def measure(name, sampler, seed):
     process_name, num_steps = PROBLEMS[name]
     target, _, process = _parts(process_name)
     params, divergence = _trained(process_name, num_steps, seed), SAMPLERS[sampler]()
-
-    def batch(params, key):
-        one = partial(simulate, process, params, target, detach=divergence.detach)
-        return jax.vmap(one)(jax.random.split(key, NUM_PATHS))
+    batch = batch_of(process, target, NUM_PATHS, divergence.detach)
 
     def estimate(key):
         if divergence.detach:

@@ -14,7 +14,7 @@ from numpyro_sbtm.core import dis, log_variance, simulate, two_pass_gradient
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
 
-__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
+__all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "batch_of", "cells", "measure"]
 
 NUM_ROUNDS = 20
 
@@ -34,20 +34,21 @@ def _step(gradient_of):
     return optimiser, step
 
 
-def _batch(process, target, num_paths):
-    one = lambda params, key: simulate(process, params, target, key)  # noqa: E731
+def batch_of(process, target, num_paths, detach=True):
+    """Make the simulation of a batch of paths from (params, key)."""
+    one = lambda params, key: simulate(process, params, target, key, detach=detach)  # noqa: E731
     return lambda params, key: jax.vmap(one, (None, 0))(params, jax.random.split(key, num_paths))
 
 
 def autodiff(process, target, num_paths):
     """Differentiate the divergence of simulated paths."""
-    batch, loss = _batch(process, target, num_paths), log_variance()
+    batch, loss = batch_of(process, target, num_paths), log_variance()
     return lambda params, key: jax.grad(lambda p: loss.value(batch(p, key)))(params)
 
 
 def two_pass(process, target, num_paths, share=1):
     """Simulate without a graph, then pull the divergence's cotangents back through a part of the times."""
-    batch, loss, num_times = _batch(process, target, num_paths), log_variance(), process.num_steps // share
+    batch, loss, num_times = batch_of(process, target, num_paths), log_variance(), process.num_steps // share
 
     def gradient(params, key):
         key_paths, key_times = jax.random.split(key)
