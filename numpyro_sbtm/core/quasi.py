@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["quasi_normal"]
+__all__ = ["quasi_normal", "standardised"]
 
 
 def quasi_normal(num: int, dim: int, key: Key | None = None) -> Float[Array, "num dim"]:
@@ -20,8 +20,8 @@ def quasi_normal(num: int, dim: int, key: Key | None = None) -> Float[Array, "nu
     Args:
         num: the number of points, n.
         dim: the dimension d.
-        key: for random shifts, under which every single point has the law N(0, I), so that means over the
-            points are unbiased; None for a half.
+        key: for random shifts and a random rotation, under which every single point has the law N(0, I), so
+            that means over the points are unbiased; None for shifts by a half and no rotation.
 
     Returns:
         The points, shape ``[n, d]``.
@@ -45,4 +45,26 @@ def quasi_normal(num: int, dim: int, key: Key | None = None) -> Float[Array, "nu
     scale = np.where(np.arange(dim) == 0, 1.0 / num, 1.0)
     uniform = (jnp.asarray(fractions) + scale * shift) % 1.0
     tiny = jnp.finfo(uniform.dtype).eps
-    return jax.scipy.special.ndtri(jnp.clip(uniform, tiny, 1.0 - tiny))
+    points = jax.scipy.special.ndtri(jnp.clip(uniform, tiny, 1.0 - tiny))
+    if key is None:
+        return points
+    # another set must not share this one's planes: what is learned on one is then seen to fail on the other
+    return points @ jax.random.orthogonal(jax.random.fold_in(key, 1), dim, dtype=points.dtype)
+
+
+def standardised(points: Float[Array, "num dim"]) -> Float[Array, "num dim"]:
+    """Shift and shear points to mean zero and covariance I: what is affine in them is then free of error.
+
+    Args:
+        points: more of them than dimensions, shape ``[n, d]``.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.quasi import standardised
+        >>> points = standardised(jax.random.normal(jax.random.key(0), (9, 2)))
+        >>> bool(jnp.allclose(points.T @ points / 9, jnp.eye(2), atol=1e-5))
+        True
+    """
+    centred = points - jnp.mean(points, 0)
+    tril = jnp.linalg.cholesky(centred.T @ centred / len(points))
+    return jax.scipy.linalg.solve_triangular(tril, centred.T, lower=True).T

@@ -30,7 +30,7 @@ from numpyro_sbtm.core.learning import (
 )
 from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.process import Net
-from numpyro_sbtm.core.quasi import quasi_normal
+from numpyro_sbtm.core.quasi import quasi_normal, standardised
 from numpyro_sbtm.core.score import divergence_of
 from numpyro_sbtm.core.smc import independent_ensemble, path_draws
 from numpyro_sbtm.core.target import Key, Target, value_and_score
@@ -258,7 +258,7 @@ def sbtm(
         params = net.init(key_net, dim)
         if quasi:
             assert isinstance(base, Gaussian)
-            particles = base.mean + base.std * quasi_normal(num_particles, dim)
+            particles = base.mean + base.std * standardised(quasi_normal(num_particles, dim))
             probes = base.mean + base.std * quasi_normal(num_probes, dim, key_probes)
         else:
             particles = jax.vmap(base.sample)(jax.random.split(key_particles, num_particles))
