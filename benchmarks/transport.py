@@ -23,10 +23,13 @@ from benchmarks.particles import langevin, plain_transport, svgd
 from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
+from numpyro_sbtm.core.flow import trajectory
+from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
 from numpyro_sbtm.networks import radial, score_mlp
+from numpyro_sbtm.warm_start import tempered_particles
 
 __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
 
@@ -35,6 +38,7 @@ NUM_FRESH = 16_384
 NUM_PROBES = 4096
 RATE = 1e-2  # of Adam, first
 NUM_LOOKS = 5  # at the particles on their way
+NUM_WAYS = 40  # trajectories drawn
 NOTICEABLE = 0.01  # dissipation above which its error counts
 MAX_SVGD = 1000  # particles; its cost grows with their square
 
@@ -48,6 +52,7 @@ class Problem(NamedTuple):
     num_steps: int
     num_particles: int
     width: int = 32
+    num_fresh: int = NUM_FRESH
     true_dissipation: Callable[[np.ndarray], np.ndarray] | None = None
     covariance: np.ndarray | None = None
 
@@ -119,8 +124,17 @@ def _stiff():
     return Problem(target, 1.0, 1.5, 75, 500, covariance=covariance)
 
 
-def _sixteen(spacing, std, duration):
-    return Problem(targets.sixteen_modes(spacing), std, duration, 300, 20_000, 128)
+def _bent(dim):
+    """Pairs of a standard normal coordinate and one around half its square; log Z = 0."""
+
+    def logdensity(x):
+        first, second = x[::2], x[1::2] - 0.5 * (x[::2] ** 2 - 1.0)
+        return -0.5 * (jnp.sum(first**2) + jnp.sum(second**2)) - 0.5 * dim * jnp.log(2 * jnp.pi)
+
+    # determinants of many points at once fill the memory with their square in d
+    return Problem(
+        Target(logdensity, dim), 1.2, 2.0, 60, 2048, 64, num_fresh=NUM_FRESH if dim < 100 else 2048
+    )
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = (
@@ -136,6 +150,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = (
         "circle": lambda: Problem(targets.circle(), 3.0, 5.0, 250, 10_000, 128),
         "stiff normal": _stiff,
     }
+    | {f"bent, d = {d}": partial(_bent, d) for d in (2, 10, 50, 200)}
     | {f"cost, n = {n}": partial(_normal, 1, n, 100) for n in (1000, 10_000, 100_000)}
 )
 
@@ -177,7 +192,9 @@ def _kernel(problem):
     return radial(64, 0.4), None
 
 
-def _transport(problem, seed, annealing: Annealing | None = None, preconditioned=False, learner=_network):
+def _transport(
+    problem, seed, annealing: Annealing | None = None, noisy=False, preconditioned=False, learner=_network
+):
     """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
     algorithm = sbtm(
         problem.target,
@@ -189,6 +206,7 @@ def _transport(problem, seed, annealing: Annealing | None = None, preconditioned
         duration=problem.duration,
         base=standard_normal(problem.target.dim, problem.std),
         annealing=annealing,
+        noisy=noisy,
         preconditioned=preconditioned,
         max_rounds=8,
         first_updates=1000,
@@ -220,11 +238,19 @@ def _transport(problem, seed, annealing: Annealing | None = None, preconditioned
     }
     for name, last in looks[-1].items():
         row[f"{name}_rise"] = last - min(look[name] for look in looks)
-    if problem.true_dissipation is not None and annealing is None and not preconditioned:
+    if problem.true_dissipation is not None and annealing is None and not (noisy or preconditioned):
         row["dissipation_error"] = _dissipation_error(problem, state)
     row |= _weighed(problem, algorithm, state, seed)
     history = state.maps.step_size, state.divergence, state.dissipation.fisher, state.dissipation.dissipation
-    return state.particles, row | {"history": [np.asarray(part) for part in history]}
+    net, fresh = (
+        learner(problem)[0],
+        jax.random.normal(jax.random.key(seed + 4), (NUM_WAYS, problem.target.dim)),
+    )
+    ways = jax.jit(jax.vmap(partial(trajectory, net), (None, 0)))(state.maps, problem.std * fresh)
+    return state.particles, row | {
+        "history": [np.asarray(part) for part in history],
+        "ways": np.asarray(ways),
+    }
 
 
 def _dissipation_error(problem, state):
@@ -238,7 +264,7 @@ def _dissipation_error(problem, state):
 
 def _weighed(problem, algorithm, state, seed):
     """What fresh draws of the flow say, none of which it was trained on."""
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(seed + 2), state, NUM_FRESH)
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(seed + 2), state, problem.num_fresh)
     log_weight = jnp.where(jnp.isfinite(draws.log_weight), draws.log_weight, -jnp.inf)
     found, error = log_evidence(log_weight)
     row = {
@@ -252,7 +278,7 @@ def _weighed(problem, algorithm, state, seed):
         membership, masses = problem.target.modes
         found_masses = np.asarray(weight @ jax.vmap(membership)(draws.x))
         row["mass_error"] = float(np.abs(found_masses - masses).max())
-    chosen = jax.random.choice(jax.random.key(seed + 3), NUM_FRESH, (NUM_EXACT,), p=weight)
+    chosen = jax.random.choice(jax.random.key(seed + 3), len(weight), (NUM_EXACT,), p=weight)
     again = _distances(problem, draws.x[chosen], seed)
     return row | {f"weighted_{name}": value for name, value in again.items()}
 
@@ -270,10 +296,33 @@ def _particles(move, problem, seed):
         "seconds": time.perf_counter() - begin,
         "gradients": problem.num_particles * problem.num_steps,
     }
-    if problem.target.modes is not None:
-        membership, masses = problem.target.modes
-        row["mass_error"] = float(np.abs(np.asarray(jax.vmap(membership)(x)).mean(0) - masses).max())
-    return x, row
+    return x, row | _mass_error(problem, x)
+
+
+def _smc(problem, seed):
+    """Adaptive tempered SMC with HMC moves, by blackjax."""
+    base = Mixture(
+        jnp.zeros(1), None, jnp.zeros((1, problem.target.dim)), jnp.full((1, problem.target.dim), problem.std)
+    )
+    run = jax.jit(lambda key: tempered_particles(key, problem.target, base, problem.num_particles))
+    key = jax.random.key(seed)
+    compiled = run.lower(key).compile()
+    start = time.perf_counter()
+    x, log_z, gradients, _ = jax.block_until_ready(compiled(key))
+    row: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "gradients": int(gradients),
+        "log_evidence_error": float(log_z) - problem.target.log_z,
+    }
+    return x, row | _mass_error(problem, x)
+
+
+def _mass_error(problem, x):
+    """The largest error of a mode's share of particles of equal weight, where modes are known."""
+    if problem.target.modes is None:
+        return {}
+    membership, masses = problem.target.modes
+    return {"mass_error": float(np.abs(np.asarray(jax.vmap(membership)(x)).mean(0) - masses).max())}
 
 
 def _exact(problem, seed):
@@ -291,9 +340,11 @@ SAMPLERS = {
     "sbtm, dilation": partial(_transport, annealing=dilation()),
     "sbtm, kernel score": partial(_transport, learner=_kernel),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),
+    "sbtm, noisy": partial(_transport, noisy=True),
     "plain sbtm": lambda problem, seed: _particles(partial(plain_transport, std=problem.std), problem, seed),
     "langevin": partial(_particles, langevin),
     "svgd": partial(_particles, svgd),
+    "smc": _smc,
     "exact": _exact,
 }
 
@@ -305,20 +356,23 @@ def measure(name, sampler, seed):
         problem = problem._replace(num_particles=MAX_SVGD)
     x, row = SAMPLERS[sampler](problem, seed)
     row |= {"problem": name, "sampler": sampler, "num_particles": problem.num_particles}
-    row |= {"figure": partial(_figure, problem, np.asarray(x), row.pop("history", None))}
+    row |= {
+        "figure": partial(_figure, problem, np.asarray(x), row.pop("history", None), row.pop("ways", None))
+    }
     return row | _distances(problem, x, seed)
 
 
-def _figure(problem, x, history):
+def _figure(problem, x, history, ways):
     """Draw the particles over the target, and what transport did on the way."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 1 if history is None else 2, figsize=(9, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 1 if history is None else 3, figsize=(13, 4), layout="constrained")
     axes = np.atleast_1d(axes)
     logdensity = jax.jit(jax.vmap(problem.target.logdensity_fn))
     plots.points(axes[0], x, lambda grid: np.asarray(logdensity(grid)))
     if history is not None:
         plots.transport(axes[1], *history)
+        plots.trajectories(axes[2], history[0], ways)
     return figure
 
 
@@ -355,6 +409,7 @@ def cells(row):
         optional("{divergence:.4f}", "divergence"),
         optional("{weighted_kernel_kl:.5f}", "weighted_kernel_kl"),
         optional("{ess_fraction:.3f}", "ess_fraction"),
-        optional("{log_evidence_error:+.4f} ± {log_evidence_se:.4f}", "log_evidence_error"),
+        optional("{log_evidence_error:+.4f}", "log_evidence_error")
+        + optional(" ± {log_evidence_se:.4f}", "log_evidence_se", ""),
         optional("{mass_error:.4f}", "mass_error"),
     ]

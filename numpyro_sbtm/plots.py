@@ -10,7 +10,7 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["log_weights", "points", "training_curve", "transport"]
+__all__ = ["log_weights", "points", "training_curve", "trajectories", "transport"]
 
 
 def training_curve(ax: "Axes", loss: Float[np.ndarray, " n"], *, window: int = 20) -> None:
@@ -103,3 +103,20 @@ def transport(
     ax.set_yscale("symlog", linthresh=1e-2)
     ax.legend(frameon=False)
     ax.set(xlabel="time", title="Transport")
+
+
+def trajectories(
+    ax: "Axes", step_size: Float[np.ndarray, " K"], xs: Float[np.ndarray, "n K1 d"], *, coordinate: int = 0
+) -> None:
+    """Draw the ways of transported points over time.
+
+    Args:
+        ax: matplotlib axes.
+        step_size: of every map, zero for those not made, shape ``[K]``.
+        xs: points before any map and after each, shape ``[n, K+1, d]``.
+        coordinate: which of them is drawn.
+    """
+    made = int(np.sum(step_size > 0))
+    time = np.concatenate([[0.0], np.cumsum(step_size[:made])])
+    ax.plot(time, xs[:, : made + 1, coordinate].T, "k", lw=0.4, alpha=0.6)
+    ax.set(xlabel="time", ylabel="coordinate", title="Trajectories")

@@ -59,3 +59,11 @@ def test_transport_shows_the_maps_that_were_made(ax):
     np.testing.assert_allclose(above.get_ydata(), [2.0, 0.0, 0.5])
     np.testing.assert_allclose(fisher.get_ydata(), [1.0, 2.0])
     np.testing.assert_allclose(dissipation.get_ydata(), [2.0, 4.0])
+
+
+def test_trajectories_end_with_the_last_map_made(ax):
+    xs = np.arange(24.0).reshape(2, 4, 3)
+    plots.trajectories(ax, np.array([0.5, 0.25, 0.0]), xs, coordinate=1)
+    assert len(ax.lines) == 2
+    np.testing.assert_allclose(ax.lines[1].get_xdata(), [0.0, 0.5, 0.75])
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), xs[1, :3, 1])

@@ -14,7 +14,7 @@ from numpyro_sbtm.core.target import Params
 from numpyro_sbtm.core.transition import Transition
 from numpyro_sbtm.core.transport import euler_map
 
-__all__ = ["Maps", "noisy_transport", "pull", "push", "velocity"]
+__all__ = ["Maps", "noisy_transport", "pull", "push", "trajectory", "velocity"]
 
 _MAX_INVERSION_STEPS = 50
 
@@ -72,6 +72,27 @@ def push(
 
     zero = jnp.zeros((), x.dtype)
     return jax.lax.scan(step, (x, zero, zero), maps)[0]
+
+
+def trajectory(net: Net, maps: Maps, x: Float[Array, " d"]) -> Float[Array, "K1 d"]:
+    """Carry one point through all maps and keep where it was: the point, and its image under every map.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net
+        >>> from numpyro_sbtm.core.flow import Maps, trajectory
+        >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
+        >>> zeros, eye = jnp.zeros((2, 1)), jnp.ones((2, 1, 1))
+        >>> maps = Maps((), zeros, eye, eye, zeros, -eye, jnp.array([0.5, 0.5]))  # v(x) = -x
+        >>> trajectory(still, maps, jnp.ones(1))[:, 0].tolist()
+        [1.0, 0.5, 0.25]
+    """
+
+    def step(x, one: Maps):  # type: ignore[no-untyped-def]
+        x = x + one.step_size * velocity(net, one, x)
+        return x, x
+
+    return jnp.concatenate([x[None], jax.lax.scan(step, x, maps)[1]])
 
 
 def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
