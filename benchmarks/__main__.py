@@ -6,6 +6,7 @@ python -m benchmarks diffusions [--only NAME;...] [--samplers NAME] [--seeds 3] 
 python -m benchmarks sbtm [--only NAME;...] [--samplers sbtm;langevin] [--seeds 5] [--output F] [--report DIR]
 python -m benchmarks steps [--only "256 x 64"] [--output FILE]
 python -m benchmarks estimators [--only NAME;...] [--seeds 3] [--output FILE]
+python -m benchmarks images [--only NAME;...] [--samplers NAME;...] [--seeds 3] [--output F] [--report DIR]
 """
 
 import argparse
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import diffusions, estimators, posteriors, steps, transport
+from benchmarks import diffusions, estimators, images, posteriors, steps, transport
 
 SUITES = {
     "diffusions": diffusions,
     "estimators": estimators,
+    "images": images,
     "posteriors": posteriors,
     "sbtm": transport,
     "steps": steps,
