@@ -63,6 +63,7 @@ def save(figure, folder, name):
     """Save a figure; returns the line of a report that shows it."""
     file = "".join(c if c.isalnum() else "-" for c in name) + ".png"
     figure.savefig(folder / file, dpi=100)
+    figure.clear()  # pyplot keeps it
     return f"![{name}]({file})"
 
 

@@ -135,9 +135,8 @@ def _known(name, seed):
     denoise = _denoiser(net, variance**0.5)
     start = net.init(jax.random.key(seed), pixels.shape[1])
     params, loss = _train(denoise, variance**0.5, centred, start, jax.random.key(seed + 1))
-    print(
-        f"{name}: denoising loss {loss:.3f}, classifier {judge.score(held_out, labels[cut:]):.3f}", flush=True
-    )
+    accuracy = judge.score(held_out, labels[cut:])
+    print(f"{name}: denoising loss {loss:.3f}, accuracy of the classifier {accuracy:.3f}", flush=True)
     return _Images(denoise, params, mean, variance, judge, _features(judge, held_out), seen - mean)
 
 
@@ -166,23 +165,23 @@ def _moves(images, num_steps, key, move):
     return x, {}
 
 
-def ascent(images, num_steps, key, share=1.0):
+def ascent(images, num_steps, key):
     """Follow the score alone."""
 
     def move(x, now, then, key):
         del key
         score = jax.vmap(partial(_score, images, images.params, then))(x)
-        return x + share * _step_size(now, then) * score
+        return x + _step_size(now, then) * score
 
     return _moves(images, num_steps, key, move)
 
 
-def langevin(images, num_steps, key, share=1.0):
+def langevin(images, num_steps, key):
     """Unadjusted Langevin steps."""
 
     def move(x, now, then, key):
         score = jax.vmap(partial(_score, images, images.params, then))(x)
-        step = share * _step_size(now, then)
+        step = _step_size(now, then)
         return x + step * score + jnp.sqrt(2.0 * step) * jax.random.normal(key, x.shape)
 
     return _moves(images, num_steps, key, move)

@@ -133,7 +133,7 @@ def _bent(dim):
 
     # determinants of many points at once fill the memory with their square in d
     return Problem(
-        Target(logdensity, dim), 1.2, 2.0, 60, 2048, 64, num_fresh=NUM_FRESH if dim < 100 else 2048
+        Target(logdensity, dim, 0.0), 1.2, 2.0, 60, 2048, 64, num_fresh=NUM_FRESH if dim < 100 else 2048
     )
 
 
