@@ -60,10 +60,12 @@ def line(cells):
 
 
 def save(figure, folder, name):
-    """Save a figure; returns the line of a report that shows it."""
+    """Save a figure and close it; returns the line of a report that shows it."""
+    import matplotlib.pyplot as plt
+
     file = "".join(c if c.isalnum() else "-" for c in name) + ".png"
     figure.savefig(folder / file, dpi=100)
-    figure.clear()  # pyplot keeps it
+    plt.close(figure)
     return f"![{name}]({file})"
 
 

@@ -150,8 +150,9 @@ def sbtm(
         num_probes: how many such points, m.
         first_updates: updates of the network before the first map, whose velocity is known: the first law's
             score is.
-        quasi: whether particles and held-out points start with low discrepancy instead of independently; the
-            base must be a `Gaussian`. Errors of means over them are then smaller than their standard errors.
+        quasi: whether particles and held-out points start with low discrepancy instead of independently, the
+            particles with exactly the base's mean and covariance; the base must be a `Gaussian`. Errors of
+            means over them are then smaller than their standard errors.
         preconditioned: whether velocities are multiplied by the particles' covariance, so that near the end
             stiff directions relax like all others; time is then in units of that. Not with noise.
 
