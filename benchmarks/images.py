@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.stats import entropy
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 from numpyro_sbtm.core.algorithm import guarded_update
-from numpyro_sbtm.core.score import divergence_of
+from numpyro_sbtm.core.score import implicit_score_losses
 from numpyro_sbtm.networks import unet
 
 __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
@@ -144,10 +145,16 @@ def _score(images, params, log_noise, x):
     return (images.denoise(params, log_noise, x) - x) * jnp.exp(-2.0 * log_noise)
 
 
-def _levels(num_steps, images):
-    """Logarithms of the noise at the start and after every step, and that of the first law's deviation."""
-    levels = np.linspace(*np.log(NOISES[::-1]), num_steps + 1)
-    return levels.astype(np.float32), float(np.sqrt(NOISES[1] ** 2 + images.variance))
+def _scores(images, params, log_noise, x):
+    """The score of a batch."""
+    return jax.vmap(partial(_score, images, params, log_noise))(x)
+
+
+def _start(images, num_steps, key):
+    """Particles from the first law with its deviation, and logarithms of the noise on the way."""
+    levels = np.linspace(*np.log(NOISES[::-1]), num_steps + 1).astype(np.float32)
+    std = float(np.sqrt(NOISES[1] ** 2 + images.variance))
+    return std * jax.random.normal(key, (NUM_PARTICLES, len(images.mean))), std, levels
 
 
 def _step_size(now, then):
@@ -156,9 +163,10 @@ def _step_size(now, then):
 
 
 def _moves(images, num_steps, key, move):
-    levels, std = _levels(num_steps, images)
+    """Move particles from level to level by ``(x, level, next level, key) -> x``."""
     key_start, key_steps = jax.random.split(key)
-    x, move = std * jax.random.normal(key_start, (NUM_PARTICLES, len(images.mean))), jax.jit(move)
+    x, _, levels = _start(images, num_steps, key_start)
+    move = jax.jit(move)
     keys = jax.random.split(key_steps, num_steps)
     for now, then, key_k in zip(levels[:-1], levels[1:], keys, strict=True):
         x = move(x, now, then, key_k)
@@ -170,7 +178,7 @@ def ascent(images, num_steps, key):
 
     def move(x, now, then, key):
         del key
-        score = jax.vmap(partial(_score, images, images.params, then))(x)
+        score = _scores(images, images.params, then, x)
         return x + _step_size(now, then) * score
 
     return _moves(images, num_steps, key, move)
@@ -180,7 +188,7 @@ def langevin(images, num_steps, key):
     """Unadjusted Langevin steps."""
 
     def move(x, now, then, key):
-        score = jax.vmap(partial(_score, images, images.params, then))(x)
+        score = _scores(images, images.params, then, x)
         step = _step_size(now, then)
         return x + step * score + jnp.sqrt(2.0 * step) * jax.random.normal(key, x.shape)
 
@@ -196,7 +204,7 @@ def probability_flow(images, num_steps, key):
 
     def move(x, now, then, key):
         del key
-        score = jax.vmap(partial(_score, images, images.params, now))(x)
+        score = _scores(images, images.params, now, x)
         return x + jnp.exp(now) * (jnp.exp(now) - jnp.exp(then)) * score
 
     return _moves(images, num_steps, key, move)
@@ -208,17 +216,15 @@ def transport(images, num_steps, key, num_rounds=NUM_ROUNDS):
     The network of s starts as that of the images, at the noise before the step: the score of particles that
     have followed so far. Implicit score matching corrects it, as long as held-out particles' loss falls.
     """
-    levels, std = _levels(num_steps, images)
     key_start, key_steps = jax.random.split(key)
-    x = std * jax.random.normal(key_start, (NUM_PARTICLES, len(images.mean)))
+    x, std, levels = _start(images, num_steps, key_start)
     optimiser = optax.adam(RATE)
     num_trained = NUM_PARTICLES - NUM_HELD_OUT
 
     def losses(params, level, points, key):
-        field = partial(_score, images, params, level)
-        keys = jax.random.split(key, len(points))
-        slopes = jax.vmap(lambda y, k: divergence_of(field, y, k))(points, keys)
-        return jnp.exp(2.0 * level) * (jnp.sum(jax.vmap(field)(points) ** 2, -1) + 2.0 * slopes)
+        # for v = -s without a target the loss of a velocity is |s|² + 2 ∇·s
+        against = lambda y: -_score(images, params, level, y)  # noqa: E731
+        return jnp.exp(2.0 * level) * implicit_score_losses(against, points, jnp.zeros_like(points), key)
 
     @jax.jit
     def judged(params, level, x):
@@ -233,10 +239,10 @@ def transport(images, num_steps, key, num_rounds=NUM_ROUNDS):
 
     @jax.jit
     def move(x, own, now, then):
-        score = jax.vmap(partial(_score, images, images.params, then))(x)
+        score = _scores(images, images.params, then, x)
         return x + _step_size(now, then) * (score - own)
 
-    own_score = jax.jit(lambda params, level, x: jax.vmap(partial(_score, images, params, level))(x))
+    own_score = jax.jit(partial(_scores, images))
     kept = images.params, optimiser.init(images.params)
     rounds = 0
     x = move(x, -x / std**2, *levels[:2])  # the first law's score is known
@@ -282,10 +288,6 @@ def _frechet(x, y):
     return float(((mean_x - mean_y) ** 2).sum() + np.trace(cov_x + cov_y) - 2.0 * shared)
 
 
-def _entropy(p):
-    return -np.sum(p * np.log(np.maximum(p, 1e-12)), -1)
-
-
 def measure(name, sampler, seed):
     """Make images by one method; returns a row of plain values."""
     images, (method, num_steps) = _known(name, seed), SAMPLERS[sampler]
@@ -293,15 +295,16 @@ def measure(name, sampler, seed):
     x, row = method(images, num_steps, jax.random.key(seed + 2))
     x = np.asarray(x, float) + images.mean
     seconds = time.perf_counter() - start
-    classes = images.judge.predict_proba(np.clip(x, -1.0, 1.0))
+    clipped = np.clip(x, -1.0, 1.0)
+    classes = images.judge.predict_proba(clipped)
     return row | {
         "problem": name,
         "sampler": sampler,
         "seconds": seconds,
         "evaluations": NUM_PARTICLES * num_steps,
-        "frechet": _frechet(_features(images.judge, np.clip(x, -1.0, 1.0)), images.features),
-        "entropy": float(_entropy(classes).mean()),
-        "entropy_of_all": float(_entropy(classes.mean(0))),
+        "frechet": _frechet(_features(images.judge, clipped), images.features),
+        "entropy": float(entropy(classes, axis=-1).mean()),
+        "entropy_of_all": float(entropy(classes.mean(0))),
         "figure": partial(_gallery, x),
     }
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from numpyro_sbtm.core.score import divergence_of
+from numpyro_sbtm.core.score import implicit_score_loss
 from numpyro_sbtm.networks import score_mlp
 
 __all__ = ["langevin", "plain_transport", "svgd"]
@@ -71,10 +71,9 @@ def plain_transport(key, target, start, step_size, num_steps, std):
 
     def implicit(x):
         def loss(params, batch, key):
-            s = jax.vmap(lambda y: apply(params, y))(x[batch])
-            keys = jax.random.split(key, len(batch))
-            one = lambda y, k: divergence_of(lambda z: apply(params, z), y, k if dim > 3 else None)  # noqa: E731
-            return jnp.mean(jnp.sum(s * s, -1) + 2.0 * jax.vmap(one)(x[batch], keys))
+            # for v = -s without a target the loss of a velocity is |s|² + 2 ∇·s
+            zero = jnp.zeros_like(x[batch])
+            return implicit_score_loss(lambda y: -apply(params, y), x[batch], zero, key)
 
         return loss
 

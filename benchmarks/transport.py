@@ -24,7 +24,7 @@ from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
 from numpyro_sbtm.core.flow import trajectory
-from numpyro_sbtm.core.mixture import Mixture
+from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
@@ -274,10 +274,7 @@ def _weighed(problem, algorithm, state, seed):
         "divergence": float(found - jnp.mean(draws.log_weight)),
     }
     weight = jax.nn.softmax(log_weight)
-    if problem.target.modes is not None:
-        membership, masses = problem.target.modes
-        found_masses = np.asarray(weight @ jax.vmap(membership)(draws.x))
-        row["mass_error"] = float(np.abs(found_masses - masses).max())
+    row |= _mass_error(problem, draws.x, weight)
     chosen = jax.random.choice(jax.random.key(seed + 3), len(weight), (NUM_EXACT,), p=weight)
     again = _distances(problem, draws.x[chosen], seed)
     return row | {f"weighted_{name}": value for name, value in again.items()}
@@ -301,9 +298,7 @@ def _particles(move, problem, seed):
 
 def _smc(problem, seed):
     """Adaptive tempered SMC with HMC moves, by blackjax."""
-    base = Mixture(
-        jnp.zeros(1), None, jnp.zeros((1, problem.target.dim)), jnp.full((1, problem.target.dim), problem.std)
-    )
+    base = normal(problem.target.dim, problem.std)
     run = jax.jit(lambda key: tempered_particles(key, problem.target, base, problem.num_particles))
     key = jax.random.key(seed)
     compiled = run.lower(key).compile()
@@ -317,12 +312,13 @@ def _smc(problem, seed):
     return x, row | _mass_error(problem, x)
 
 
-def _mass_error(problem, x):
-    """The largest error of a mode's share of particles of equal weight, where modes are known."""
+def _mass_error(problem, x, weight=None):
+    """The largest error of a mode's share of weighted points, where modes are known; None: equal weights."""
     if problem.target.modes is None:
         return {}
     membership, masses = problem.target.modes
-    return {"mass_error": float(np.abs(np.asarray(jax.vmap(membership)(x)).mean(0) - masses).max())}
+    found = np.average(np.asarray(jax.vmap(membership)(x)), axis=0, weights=weight)
+    return {"mass_error": float(np.abs(found - masses).max())}
 
 
 def _exact(problem, seed):

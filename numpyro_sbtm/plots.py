@@ -78,6 +78,12 @@ def points(
     ax.set(xlabel="first coordinate", ylabel="second coordinate", title="Points")
 
 
+def _clock(step_size: Float[np.ndarray, " K"]) -> tuple[int, Float[np.ndarray, " M1"]]:
+    """Count the maps that were made, M, and add up the time before any and after each."""
+    made = int(np.sum(step_size > 0))
+    return made, np.concatenate([[0.0], np.cumsum(step_size[:made])])
+
+
 def transport(
     ax: "Axes",
     step_size: Float[np.ndarray, " K"],
@@ -94,8 +100,7 @@ def transport(
         fisher: mean squared velocity before each map, shape ``[K]``.
         dissipation: its unbiased estimate of the fall of the divergence, shape ``[K]``.
     """
-    made = int(np.sum(step_size > 0))
-    time = np.concatenate([[0.0], np.cumsum(step_size[:made])])
+    made, time = _clock(step_size)
     curve = divergence[: made + 1]
     ax.plot(time, curve - curve[np.isfinite(curve)].min(), "k", label="divergence above its least")
     ax.plot(time[:-1], fisher[:made], lw=1, label="mean squared velocity")
@@ -116,7 +121,6 @@ def trajectories(
         xs: points before any map and after each, shape ``[n, K+1, d]``.
         coordinate: which of them is drawn.
     """
-    made = int(np.sum(step_size > 0))
-    time = np.concatenate([[0.0], np.cumsum(step_size[:made])])
+    made, time = _clock(step_size)
     ax.plot(time, xs[:, : made + 1, coordinate].T, "k", lw=0.4, alpha=0.6)
     ax.set(xlabel="time", ylabel="coordinate", title="Trajectories")
