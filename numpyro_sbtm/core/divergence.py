@@ -24,6 +24,8 @@ __all__ = [
     "two_pass_gradient",
 ]
 
+_NUM_POINTS = 8192  # points of paths that are differentiated at once: more do not fit a core's cache
+
 
 class Divergence(NamedTuple):
     """A scalar loss of a batch of paths.
@@ -254,6 +256,11 @@ def trajectory_balance(clip: float | None = 20.0, log_z: float = 0.0) -> Diverge
     return Divergence(value, detach=True, extra=lambda key, dim: jnp.asarray(log_z))
 
 
+def _divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is not above a limit, and 1 below all of them."""
+    return max(m for m in range(1, number + 1) if number % m == 0 and m <= max(limit, 1))
+
+
 def two_pass_gradient(
     divergence: Divergence,
     process: Process,
@@ -266,7 +273,8 @@ def two_pass_gradient(
 
     The first pass, simulation, has been done without gradients. Here the loss is differentiated with
     respect to the log densities on the path, a few numbers a path, and these cotangents are pulled back
-    through the kernels in one batched vector-Jacobian product. The target is not called.
+    through the kernels by batched vector-Jacobian products, of as many times at once as make some thousand
+    points: beside the stored paths, memory does not grow with the times. The target is not called.
 
     Args:
         divergence: the loss; ``divergence.detach`` must be True.
@@ -305,30 +313,36 @@ def two_pass_gradient(
     )
     if times is None:
         times = jnp.arange(process.num_steps)
-    scale = process.num_steps / times.shape[0]
-    here, there = times, times + 1
-
-    def kernels(params: Params) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
-        # times outside, paths inside: what depends on the time alone is computed once a time
-        over_paths = jax.vmap(
-            lambda k, *ends: log_kernels(process, params, k, *ends), in_axes=(None, 0, 0, 0, 0)
-        )
-        return jax.vmap(over_paths, in_axes=(0, 1, 1, 1, 1))(
-            times,
-            paths.xs[:, here],
-            paths.xs[:, there],
-            paths.scores[:, here],
-            paths.scores[:, there],
-        )
-
     # a path with a zero cotangent may hold anything, NaN included: silence it before and after
     usable = jnp.isfinite(paths.log_weight)
     paths = jax.tree.map(
         lambda leaf: jnp.where(usable.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, 0.0), paths
     )
-    _, pull_back = jax.vjp(kernels, params)
-    chosen = jax.tree.map(lambda c: scale * jnp.where(usable[:, None], c, 0.0)[:, times].T, cotangents)
-    (gradient,) = pull_back(tuple(chosen))
+    scale = process.num_steps / times.shape[0]
+    chosen = [scale * jnp.where(usable[:, None], c, 0.0)[:, times].T for c in cotangents]
+
+    def pulled(gradient, block):  # type: ignore[no-untyped-def]
+        times, *cotangents = block
+
+        def kernels(params: Params) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+            # times outside, paths inside: what depends on the time alone is computed once a time
+            over_paths = jax.vmap(
+                lambda k, *ends: log_kernels(process, params, k, *ends), in_axes=(None, 0, 0, 0, 0)
+            )
+            return jax.vmap(over_paths, in_axes=(0, 1, 1, 1, 1))(
+                times,
+                paths.xs[:, times],
+                paths.xs[:, times + 1],
+                paths.scores[:, times],
+                paths.scores[:, times + 1],
+            )
+
+        (more,) = jax.vjp(kernels, params)[1](tuple(cotangents))
+        return jax.tree.map(jnp.add, gradient, more), None
+
+    at_once = _divisor(len(times), _NUM_POINTS // len(usable))
+    blocks = [leaf.reshape(-1, at_once, *leaf.shape[1:]) for leaf in (times, *chosen)]
+    gradient, _ = jax.lax.scan(pulled, jax.tree.map(jnp.zeros_like, params), blocks)
     if process.learns_reference:
         _, pull_back = jax.vjp(lambda p: jax.vmap(process.init(p).log_prob)(paths.xs[:, 0]), params)
         (start,) = pull_back(jnp.where(usable, at_start, 0.0))
