@@ -27,7 +27,7 @@ class _Compilation:
 _compilation = _Compilation()
 
 
-def timed_chains(kernel, num_warmup, seed, args=(), fields=()):
+def timed_chains(kernel, num_warmup, seed, args=(), fields=(), num_draws=NUM_DRAWS):
     """Warm up and draw, four chains side by side.
 
     With the progress bar NumPyro compiles one program for both, so that ``draws_s`` is free of compilation.
@@ -37,7 +37,7 @@ def timed_chains(kernel, num_warmup, seed, args=(), fields=()):
     mcmc = MCMC(
         kernel,
         num_warmup=num_warmup,
-        num_samples=NUM_DRAWS,
+        num_samples=num_draws,
         num_chains=NUM_CHAINS,
         chain_method="vectorized",
     )

@@ -19,17 +19,15 @@ import optax
 from scipy.linalg import solve_banded
 from scipy.stats import gaussian_kde
 
-from benchmarks.particles import langevin, plain_transport, svgd
+from benchmarks.particles import langevin, plain_transport, svgd, tempered
 from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
 from numpyro_sbtm.core.flow import trajectory
-from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
 from numpyro_sbtm.networks import radial, score_mlp
-from numpyro_sbtm.warm_start import tempered_particles
 
 __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure"]
 
@@ -297,18 +295,7 @@ def _particles(move, problem, seed):
 
 
 def _smc(problem, seed):
-    """Adaptive tempered SMC with HMC moves, by blackjax."""
-    base = normal(problem.target.dim, problem.std)
-    run = jax.jit(lambda key: tempered_particles(key, problem.target, base, problem.num_particles))
-    key = jax.random.key(seed)
-    compiled = run.lower(key).compile()
-    start = time.perf_counter()
-    x, log_z, gradients, _ = jax.block_until_ready(compiled(key))
-    row: dict[str, Any] = {
-        "seconds": time.perf_counter() - start,
-        "gradients": int(gradients),
-        "log_evidence_error": float(log_z) - problem.target.log_z,
-    }
+    x, row = tempered(seed, problem.target, problem.std, problem.num_particles)
     return x, row | _mass_error(problem, x)
 
 

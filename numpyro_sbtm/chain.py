@@ -423,8 +423,8 @@ def learned_chain(
         if not chains:
             z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
         key_algorithm, rng_key = jax.random.split(key)
-        first = algorithm_of(warm, model_args, model_kwargs).init
-        (algorithm,) = run_stages([lambda key: (first(key),)], key_algorithm)
+        own = algorithm_of(warm, model_args, model_kwargs)
+        (algorithm,) = run_stages([lambda key: (own.init(key),)], key_algorithm)
         blank, zero, no = filled(chains, 0.0), filled((), 0, jnp.int32), filled((), False, bool)
         training = Training(
             warm=warm,
@@ -434,7 +434,7 @@ def learned_chain(
             loss=filled((num_warmup,), jnp.nan),
             skipped_updates=zero,
             gradients=warm.gradients,
-            ensemble=no if ensembles and doubtful else None,
+            ensemble=no if ensembles and doubtful and own.ensemble is not None else None,
         )
         # filled at the first draw
         empty = filled(shape, 0.0)

@@ -58,11 +58,11 @@ PROCESSES: dict[str, Callable[..., Process]] = {
     "pis-control": partial(pis, denoise=False),
     "dds": dds,
     "dds-control": partial(dds, learn_variance=False),
-    "dds-learned": lambda *options: learned_reference(dds(*options)),
+    "dds-learned": lambda *sizes, **options: learned_reference(dds(*sizes, **options)),
     "bridge": bridge,
     "cmcd": cmcd,
 }
-"""Processes by name: functions of ``(net, dim, num_steps, scale)``."""
+"""Processes by name: functions of ``(net, dim, num_steps, scale)``, and of a ``score_clip``."""
 
 NETS: dict[str, Callable[[Net], Net]] = {"bridge": pair, "dds-learned": located}
 """What becomes of the network, for processes that learn more than a forward chain."""
@@ -157,6 +157,9 @@ class DiffusionKernel(LearnedKernel):
             target.
         buffer_size: how many ends of earlier paths are kept, by weight, as ends of backward paths for
             training; 0: those of the warm start.
+        score_clip: bound on each coordinate of the target's score, relative to the reference's and in units
+            of the noise, where it enters the forward chain; 0 keeps it out. None: 3 for 'dis', 10 for the
+            others.
 {_DIFFUSION.strip(chr(10))}
 {_COMMON.strip(chr(10))}
 
@@ -191,6 +194,7 @@ class DiffusionKernel(LearnedKernel):
         exploration: float = 0.0,
         trust_region: float | None = None,
         buffer_size: int = 0,
+        score_clip: float | None = None,
         num_steps: int = 32,
         num_paths: int = 256,
         num_times: int = 16,
@@ -226,8 +230,12 @@ class DiffusionKernel(LearnedKernel):
         _check_positive(
             num_steps=num_steps, learning_rate=learning_rate, width=width, depth=depth, scale=scale
         )
-        for name, size in (("exploration", exploration), ("buffer_size", buffer_size)):
-            if size < 0:
+        for name, size in (
+            ("exploration", exploration),
+            ("buffer_size", buffer_size),
+            ("score_clip", score_clip),
+        ):
+            if size is not None and size < 0:
                 raise ValueError(f"`{name}` must not be negative, got {size}.")
         for name, value, known in (
             ("process", process, PROCESSES),
@@ -243,6 +251,7 @@ class DiffusionKernel(LearnedKernel):
         self._num_updates = num_updates
         self._exploration, self._trust_region = exploration, trust_region
         self._buffer_size = buffer_size
+        self._clip = {} if score_clip is None else {"score_clip": score_clip}
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._scale = scale
@@ -251,10 +260,12 @@ class DiffusionKernel(LearnedKernel):
         make = PROCESSES[self._process]
         if self._process == "dis":
             net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
-            process = dis(net, target.dim, self._num_steps, self._scale, reference=warm.reference)
+            process = dis(
+                net, target.dim, self._num_steps, self._scale, reference=warm.reference, **self._clip
+            )
         else:
             net = NETS.get(self._process, lambda net: net)(denoiser(*self._net))
-            process = make(net, target.dim, self._num_steps, self._scale)
+            process = make(net, target.dim, self._num_steps, self._scale, **self._clip)
             process = rescaled(process, *moments(warm.reference))
         divergence = DIVERGENCES[self._divergence](process)
         schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)

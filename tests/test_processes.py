@@ -51,7 +51,7 @@ def with_network(name, net):
     return NETS.get(name, lambda net: net)(net)
 
 
-def process_of(name, num_steps=4, scale=1.0, size=0.1):
+def process_of(name, num_steps=4, scale=1.0, size=0.1, **options):
     """A process with a small network whose weights are all random."""
     net = with_network(name, denoiser(width=8))
     params = net.init(jax.random.key(0), 2)
@@ -61,7 +61,7 @@ def process_of(name, num_steps=4, scale=1.0, size=0.1):
         leaf + size * jax.random.normal(key, leaf.shape, leaf.dtype)
         for key, leaf in zip(keys, leaves, strict=True)
     ]
-    return PROCESSES[name](net, 2, num_steps, scale), jax.tree.unflatten(structure, noisy)
+    return PROCESSES[name](net, 2, num_steps, scale, **options), jax.tree.unflatten(structure, noisy)
 
 
 @pytest.mark.usefixtures("x64")
@@ -72,6 +72,15 @@ def test_an_untrained_process_has_constant_weight_on_its_reference(name):
     target = gaussian(np.zeros(3), 1.7**2 * np.eye(3))
     paths = batch(process, net.init(jax.random.key(0), 3), target, 0, 50)
     np.testing.assert_allclose(paths.log_weight, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_score_clipped_at_zero_stays_out(name):
+    x, y, scores = jnp.ones(2), jnp.zeros(2), [jnp.zeros(2), jnp.array([1.0, -2.0])]
+    for options, same in (({"score_clip": 0.0}, True), ({}, False)):
+        process, params = process_of(name, **options)
+        first, second = (process.forward(params, jnp.array(2), x, score).log_prob(y) for score in scores)
+        assert (first == second) == same
 
 
 @pytest.mark.usefixtures("x64")
@@ -341,7 +350,7 @@ def test_pieces_that_do_not_fit_are_refused(name, divergence, options, message):
 OPTIONS = {"num_updates": 2, "coarse_steps": 5, "exploration": 0.2, "trust_region": 0.5, "buffer_size": 256}
 PAIRS = [(name, "kl" if name == "dds-learned" else "log-variance", {}) for name in PROCESSES]
 PAIRS += [("dis", name, {}) for name in DIVERGENCES if name != "log-variance"]
-PAIRS += [("dis", "log-variance", OPTIONS)]
+PAIRS += [("dis", "log-variance", OPTIONS), ("dis", "sub-trajectory-log-variance", {"score_clip": 0.0})]
 
 
 @pytest.mark.slow
@@ -364,11 +373,11 @@ def test_barely_trained_kernels_are_exact(process, divergence, options):
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
     found = report(mcmc)
     assert abs(found.log_evidence) < 5.0 * found.log_evidence_se
-    assert np.isfinite(found.training).all() and found.skipped_updates == 0
+    assert np.isfinite(found.training).all() and found.skipped_updates == 0 and not found.ensemble
 
 
 def test_options_out_of_range_are_refused():
-    for name in ("exploration", "buffer_size"):
+    for name in ("exploration", "buffer_size", "score_clip"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative, got -1"):
             DiffusionKernel(None, lambda x: 0.0, **{name: -1})
 
