@@ -92,6 +92,8 @@ def _plain(process, divergence, **options):
     )
 
 
+_WIDE = 2.0  # standard deviation of noise from which plain processes reach the nine modes
+
 _PIECES = {
     "coarse grids": {"coarse_steps": 10},
     "exploration": {"exploration": 0.2},
@@ -111,17 +113,18 @@ KERNELS = (
         ),
     }
     | {
-        f"{process}, {divergence}": _plain(process, divergence)
-        for process in ("pis-control", "dis-euler", "dds-control")
-        for divergence in ("kl", "log-variance")
-    }
-    | {
         f"dis, {divergence}": _plain("dis", divergence)
         for divergence in ("kl", "log-variance", "sub-trajectory-log-variance", "trajectory-balance")
     }
     | {
-        f"dis, {divergence}, without score": _plain("dis", divergence, score_clip=0.0)
+        f"{process}, {divergence}, wide": _plain(process, divergence, scale=_WIDE)
+        for process in ("pis-control", "pis", "dis-euler", "dis", "dds-control", "dds")
+        for divergence in ("kl", "log-variance")
+    }
+    | {
+        f"dis, {divergence}, wide, {name} score": _plain("dis", divergence, scale=_WIDE, score_clip=clip)
         for divergence in ("log-variance", "sub-trajectory-log-variance")
+        for name, clip in (("with", None), ("without", 0.0))
     }
     | {f"dis, log-variance, {name}": _plain("dis", "log-variance", **_PIECES[name]) for name in _PIECES}
     | {f"{process}, kl": _plain(process, "kl") for process in ("dds", "dds-learned")}
