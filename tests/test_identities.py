@@ -212,6 +212,26 @@ def test_two_pass_gradient_equals_autodiff_through_a_detached_simulation():
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_two_pass_gradient_takes_the_times_in_parts():
+    """Whole or in parts of six times, and then memory does not grow with the times."""
+    target, divergence, n, memory = two_modes(), log_variance(None), 1024, {}
+
+    def compiled(num_steps):
+        process, params = shaken(2, num_steps=num_steps)
+        paths = batch(process, params, target, 6, n)
+        gradient = jax.jit(lambda p, paths: two_pass_gradient(divergence, process, p, paths))
+        return gradient.lower(params, paths).compile(), process, params, paths
+
+    for num_steps in (6, 60):
+        gradient, *_, paths = compiled(num_steps)
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(paths))
+        memory[num_steps] = gradient.memory_analysis().temp_size_in_bytes - stored
+    gradient, process, params, paths = compiled(12)
+    expected = jax.grad(lambda p: divergence.value(batch(process, p, target, 6, n)))(params)
+    np.testing.assert_allclose(gradient(params, paths)[1], expected, rtol=1e-8, atol=1e-10)
+    assert memory[60] < 1.5 * memory[6]
+
+
 def test_a_subset_of_times_is_unbiased():
     """The mean over all subsets of two of five times is the whole gradient, exactly."""
     process, params = shaken(2, num_steps=5)

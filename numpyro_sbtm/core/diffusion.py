@@ -94,8 +94,8 @@ def _check_options(
     explores: bool,
     trust_region: float | None,
     buffer_size: int,
-) -> None:
-    """Raise for what `diffusion` cannot do; see there."""
+) -> int:
+    """Return how many steps training simulates; raise for what `diffusion` cannot do, see there."""
     num_steps = process.num_steps
     num_simulated = num_steps if coarse_steps is None else coarse_steps
     if num_paths < 2:
@@ -147,6 +147,7 @@ def _check_options(
         raise ValueError(
             f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {num_paths}."
         )
+    return num_simulated
 
 
 def _subset(key: Key, n: int, m: int) -> Int[Array, " m"]:
@@ -229,8 +230,7 @@ def diffusion(
         (5, 2)
     """
     num_steps = process.num_steps
-    num_simulated = num_steps if coarse_steps is None else coarse_steps
-    _check_options(
+    num_simulated = _check_options(
         process,
         divergence,
         num_paths=num_paths,
