@@ -249,6 +249,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         max_rhat,
         backward - log_z,
         drift,
+        searched=state.training.warm.points is not None,
     )
     return Report(
         verdict=verdict,
@@ -299,6 +300,7 @@ def _judge(
     max_rhat: float,
     disagreement: float,
     drift: float,
+    searched: bool,
 ) -> tuple[Verdict, str]:
     """Find the worst fault; its grade is the verdict and its cure the advice."""
     longer = "train longer (`num_warmup`), or pass a wider `precondition`"
@@ -349,4 +351,9 @@ def _judge(
         return "caution", f"single proposals had a heavy tail, and each is now chosen among several; {longer}"
     if correction is None:
         return "caution", "raw draws are not exact; weigh them, or use correction='metropolis'"
+    if not searched:
+        return "caution", (
+            "nothing looked for modes before training, and one that no path reached leaves no trace: compare "
+            "with precondition='auto' or another sampler"
+        )
     return "reliable", "draws are reliable"

@@ -382,7 +382,22 @@ def test_an_improper_posterior_is_not_called_reliable(kind):
 
     mcmc = run(make(kind, model), warmup=50, samples=200)
     assert np.all(np.isfinite(mcmc.get_samples()["x"]))
-    assert report(mcmc, num_proposals=1000).verdict != "reliable"
+    found = report(mcmc, num_proposals=1000)
+    assert found.verdict != "reliable" and "heavy tail" in found.advice
+
+
+@both_kinds
+def test_a_mode_that_nothing_looked_for_is_not_called_reliable(kind):
+    """Of two modes, 40 deviations apart, only that of the start is found, and its draws look perfect."""
+
+    def pair(x):
+        return -jnp.logaddexp(-0.5 * jnp.sum(x**2), -0.5 * jnp.sum((x - 40.0) ** 2))
+
+    mcmc = run(make(kind, None, pair), samples=300, init_params=jnp.zeros(1))
+    found = report(mcmc, num_proposals=1000)
+    assert found.ess_fraction > 0.99
+    assert abs(found.log_evidence - 0.5 * np.log(2 * np.pi)) < 0.02  # half the truth
+    assert found.verdict == "caution" and "nothing looked for modes" in found.advice
 
 
 @both_kinds
@@ -401,5 +416,5 @@ def test_undefined_densities_are_never_accepted_and_counted(kind):
     found = report(mcmc, num_proposals=1000)
     assert found.nonfinite_proposals == mcmc.last_state.nonfinite_proposals
     assert 0 < np.mean(~np.isfinite(found.log_weight)) < 1
-    assert found.verdict != "reliable"
+    assert found.verdict != "reliable" and "no finite density" in found.advice
     assert np.isfinite(found.log_evidence)
