@@ -172,11 +172,11 @@ def _learned(make, target, seed):
 
 def _nuts(target, seed):
     """Draw by NUTS for as many gradients as are allowed, warm-up among them."""
-    kernel, fields = NUTS(targets.as_model(target)), ("num_steps",)
-    pilot, warmup, _ = timed_chains(kernel, 1000, seed, fields=fields)
+    model, fields = targets.as_model(target), ("num_steps",)
+    pilot, warmup, _ = timed_chains(NUTS(model), 1000, seed, fields=fields)
     per_draw = int(pilot.get_extra_fields()["num_steps"].sum()) / NUM_DRAWS
     num_draws = max(NUM_DRAWS, int((NUM_GRADIENTS - int(warmup["num_steps"].sum())) / per_draw))
-    mcmc, warmup, row = timed_chains(kernel, 1000, seed, fields=fields, num_draws=num_draws)
+    mcmc, warmup, row = timed_chains(NUTS(model), 1000, seed, fields=fields, num_draws=num_draws)
     draws = mcmc.get_samples()["x"]
     spent = int(warmup["num_steps"].sum()) + int(mcmc.get_extra_fields()["num_steps"].sum())
     row |= {"seconds": row.pop("warmup_s") + row["draws_s"], "gradients": spent}
