@@ -269,7 +269,7 @@ def two_pass_gradient(
     times: Int[Array, " m"] | None = None,
     extra: Any = None,
 ) -> tuple[Float[Array, ""], Params]:
-    """Compute a detached divergence and its gradient from simulated paths, all times in parallel.
+    """Compute a detached divergence and its gradient from simulated paths, many times at once.
 
     The first pass, simulation, has been done without gradients. Here the loss is differentiated with
     respect to the log densities on the path, a few numbers a path, and these cotangents are pulled back
