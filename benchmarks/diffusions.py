@@ -121,10 +121,10 @@ KERNELS = (
         for process in ("pis-control", "pis", "dis-euler", "dis", "dds-control", "dds")
         for divergence in ("kl", "log-variance")
     }
+    | {"dis, sub-trajectory-log-variance, wide": _plain("dis", "sub-trajectory-log-variance", scale=_WIDE)}
     | {
-        f"dis, {divergence}, wide, {name} score": _plain("dis", divergence, scale=_WIDE, score_clip=clip)
+        f"dis, {divergence}, wide, without score": _plain("dis", divergence, scale=_WIDE, score_clip=0.0)
         for divergence in ("log-variance", "sub-trajectory-log-variance")
-        for name, clip in (("with", None), ("without", 0.0))
     }
     | {f"dis, log-variance, {name}": _plain("dis", "log-variance", **_PIECES[name]) for name in _PIECES}
     | {f"{process}, kl": _plain(process, "kl") for process in ("dds", "dds-learned")}
