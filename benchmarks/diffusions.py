@@ -17,7 +17,7 @@ import numpy as np
 from numpyro.infer import NUTS
 
 from benchmarks.chains import NUM_DRAWS, timed_chains
-from benchmarks.particles import tempered
+from benchmarks.particles import mass_errors, tempered
 from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, plots, report, targets
 from numpyro_sbtm.core.target import Target
 
@@ -166,7 +166,9 @@ def _learned(make, target, seed):
     fresh = kernel.propose(mcmc.last_state, NUM_PROPOSALS, jax.random.key(seed + 4))
     weight = jax.nn.softmax(jnp.nan_to_num(fresh.log_weight, nan=-jnp.inf))
     draws = mcmc.get_samples()["x"]
-    row |= _masses(target, fresh.x, weight) | {"figure": partial(_figure, target, found, np.asarray(draws))}
+    row |= mass_errors(target, fresh.x, weight) | {
+        "figure": partial(_figure, target, found, np.asarray(draws))
+    }
     return draws, row
 
 
@@ -180,7 +182,7 @@ def _nuts(target, seed):
     draws = mcmc.get_samples()["x"]
     spent = int(warmup["num_steps"].sum()) + int(mcmc.get_extra_fields()["num_steps"].sum())
     row |= {"seconds": row.pop("warmup_s") + row["draws_s"], "gradients": spent}
-    return draws, row | _masses(target, draws, jnp.full(len(draws), 1.0 / len(draws)))
+    return draws, row | mass_errors(target, draws)
 
 
 def _smc(target, seed):
@@ -188,22 +190,10 @@ def _smc(target, seed):
     _, pilot = tempered(seed, target, target.spread, NUM_PILOT)
     num_particles = NUM_GRADIENTS * NUM_PILOT // pilot["gradients"]
     x, row = tempered(seed, target, target.spread, num_particles)
-    return x, row | _masses(target, x, jnp.full(len(x), 1.0 / len(x)))
+    return x, row | mass_errors(target, x)
 
 
 SAMPLERS = {name: partial(_learned, make) for name, make in KERNELS.items()} | {"nuts": _nuts, "smc": _smc}
-
-
-def _masses(target, x, weight):
-    """Errors of the modes' shares of weighted points, where modes are known."""
-    if target.modes is None:
-        return {}
-    off = np.asarray(weight @ jax.vmap(target.modes.membership)(x)) - target.modes.masses
-    return {
-        "mass_error": float(np.abs(off).max()),
-        "mass_tv": float(0.5 * np.abs(off).sum()),
-        "modes_found": int(np.sum(target.modes.masses + off > 0.2 * target.modes.masses)),
-    }
 
 
 def measure(name, sampler, seed):

@@ -6,6 +6,7 @@ import time
 import blackjax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from numpyro_sbtm.core.mixture import normal
@@ -13,11 +14,24 @@ from numpyro_sbtm.core.score import implicit_score_loss
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.warm_start import tempered_particles
 
-__all__ = ["langevin", "plain_transport", "svgd", "tempered"]
+__all__ = ["langevin", "mass_errors", "plain_transport", "svgd", "tempered"]
 
 _FIRST_UPDATES = 2000  # of the fit to the first law's score
 _UPDATES, _BATCH = 10, 400
 _SVGD_RATE = 0.1
+
+
+def mass_errors(target, x, weight=None):
+    """Errors of the modes' shares of weighted points, where modes are known; None: equal weights."""
+    if target.modes is None:
+        return {}
+    membership, masses = target.modes
+    off = np.average(np.asarray(jax.vmap(membership)(x)), axis=0, weights=weight) - masses
+    return {
+        "mass_error": float(np.abs(off).max()),
+        "mass_tv": float(0.5 * np.abs(off).sum()),
+        "modes_found": int(np.sum(masses + off > 0.2 * masses)),
+    }
 
 
 def langevin(key, target, start, step_size, num_steps):

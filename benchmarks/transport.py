@@ -19,7 +19,7 @@ import optax
 from scipy.linalg import solve_banded
 from scipy.stats import gaussian_kde
 
-from benchmarks.particles import langevin, plain_transport, svgd, tempered
+from benchmarks.particles import langevin, mass_errors, plain_transport, svgd, tempered
 from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
@@ -272,7 +272,7 @@ def _weighed(problem, algorithm, state, seed):
         "divergence": float(found - jnp.mean(draws.log_weight)),
     }
     weight = jax.nn.softmax(log_weight)
-    row |= _mass_error(problem, draws.x, weight)
+    row |= mass_errors(problem.target, draws.x, weight)
     chosen = jax.random.choice(jax.random.key(seed + 3), len(weight), (NUM_EXACT,), p=weight)
     again = _distances(problem, draws.x[chosen], seed)
     return row | {f"weighted_{name}": value for name, value in again.items()}
@@ -291,21 +291,12 @@ def _particles(move, problem, seed):
         "seconds": time.perf_counter() - begin,
         "gradients": problem.num_particles * problem.num_steps,
     }
-    return x, row | _mass_error(problem, x)
+    return x, row | mass_errors(problem.target, x)
 
 
 def _smc(problem, seed):
     x, row = tempered(seed, problem.target, problem.std, problem.num_particles)
-    return x, row | _mass_error(problem, x)
-
-
-def _mass_error(problem, x, weight=None):
-    """The largest error of a mode's share of weighted points, where modes are known; None: equal weights."""
-    if problem.target.modes is None:
-        return {}
-    membership, masses = problem.target.modes
-    found = np.average(np.asarray(jax.vmap(membership)(x)), axis=0, weights=weight)
-    return {"mass_error": float(np.abs(found - masses).max())}
+    return x, row | mass_errors(problem.target, x)
 
 
 def _exact(problem, seed):
