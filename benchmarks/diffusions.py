@@ -103,14 +103,28 @@ _PIECES = {
 }
 """Options of training, one at a time."""
 
+_FINE = {
+    "num_steps": 256,
+    "coarse_steps": 64,
+    "num_times": 64,
+    "target_acceptance": None,
+    "patience": None,
+    "steps_per_draw": 1,
+    "local_kernel": None,
+    "smc_particles": 0,
+}
+"""Options for a tight bound: many steps, and all of warm-up."""
+
+LONG_WARMUP = dict.fromkeys(("256 steps", "256 steps, looking ahead"), 3000)
+
 KERNELS = (
     {
         "default": LogVarianceDISKernel,
         "default on whole grids": partial(LogVarianceDISKernel, coarse_steps=None),
         "single paths": partial(LogVarianceDISKernel, smc_particles=0),
-        "128 steps": partial(
-            LogVarianceDISKernel, num_steps=128, coarse_steps=32, target_acceptance=None, smc_particles=0
-        ),
+        "default, looking ahead": partial(LogVarianceDISKernel, look_ahead=True),
+        "256 steps": partial(LogVarianceDISKernel, **_FINE),
+        "256 steps, looking ahead": partial(LogVarianceDISKernel, look_ahead=True, **_FINE),
     }
     | {
         f"dis, {divergence}": _plain("dis", divergence)
@@ -140,10 +154,10 @@ def _sinkhorn(x, y):
     return float(found[0])
 
 
-def _learned(make, target, seed):
+def _learned(make, num_warmup, target, seed):
     """Warm up a kernel and draw; modes are judged by proposals with weights, independent on every target."""
     kernel = make(targets.as_model(target))
-    mcmc, _, row = timed_chains(kernel, NUM_WARMUP, seed)
+    mcmc, _, row = timed_chains(kernel, num_warmup, seed)
     found = report(mcmc, num_proposals=NUM_PROPOSALS)
     row |= {
         "seconds": row.pop("warmup_s"),
@@ -193,7 +207,9 @@ def _smc(target, seed):
     return x, row | mass_errors(target, x)
 
 
-SAMPLERS = {name: partial(_learned, make) for name, make in KERNELS.items()} | {"nuts": _nuts, "smc": _smc}
+SAMPLERS = {
+    name: partial(_learned, make, LONG_WARMUP.get(name, NUM_WARMUP)) for name, make in KERNELS.items()
+} | {"nuts": _nuts, "smc": _smc}
 
 
 def measure(name, sampler, seed):

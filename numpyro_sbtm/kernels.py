@@ -97,6 +97,10 @@ _MODEL = """
 
 _DIFFUSION = """
         coarse_steps: 'dis' trains on at most so many of its steps, drawn anew for every block; None: on all.
+        look_ahead: 'dis' also evaluates the target's score at a guess of where the path ends: twice the
+            gradients, a better bound (see `numpyro_sbtm.core.process.dis`).
+        patience: training ends, too, once the variance of the log weights is moderate and has not fallen by a
+            twentieth in so many steps; None: it then takes all of warm-up.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
         num_times: how many of the T times enter each gradient; all for 'kl'.
@@ -195,6 +199,8 @@ class DiffusionKernel(LearnedKernel):
         trust_region: float | None = None,
         buffer_size: int = 0,
         score_clip: float | None = None,
+        look_ahead: bool = False,
+        patience: int | None = 100,
         num_steps: int = 32,
         num_paths: int = 256,
         num_times: int = 16,
@@ -234,6 +240,7 @@ class DiffusionKernel(LearnedKernel):
             ("exploration", exploration),
             ("buffer_size", buffer_size),
             ("score_clip", score_clip),
+            ("patience", patience),
         ):
             if size is not None and size < 0:
                 raise ValueError(f"`{name}` must not be negative, got {size}.")
@@ -243,6 +250,8 @@ class DiffusionKernel(LearnedKernel):
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+        if look_ahead and process != "dis":
+            raise ValueError(f"`look_ahead` asks for the `process` 'dis', got {process!r}. Pass False.")
         self._process, self._divergence = process, divergence  # names: kernels are pickled
         self._num_steps = num_steps
         self._num_paths = num_paths
@@ -251,7 +260,8 @@ class DiffusionKernel(LearnedKernel):
         self._num_updates = num_updates
         self._exploration, self._trust_region = exploration, trust_region
         self._buffer_size = buffer_size
-        self._clip = {} if score_clip is None else {"score_clip": score_clip}
+        self._clip: dict[str, Any] = {} if score_clip is None else {"score_clip": score_clip}
+        self._look_ahead, self._patience = look_ahead, patience
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._scale = scale
@@ -259,9 +269,19 @@ class DiffusionKernel(LearnedKernel):
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         make = PROCESSES[self._process]
         if self._process == "dis":
-            net = denoiser(*self._net, num_components=len(warm.reference.log_weight))
+            net = denoiser(
+                *self._net,
+                num_components=len(warm.reference.log_weight),
+                num_scores=2 if self._look_ahead else 1,
+            )
             process = dis(
-                net, target.dim, self._num_steps, self._scale, reference=warm.reference, **self._clip
+                net,
+                target.dim,
+                self._num_steps,
+                self._scale,
+                reference=warm.reference,
+                look_ahead=self._look_ahead,
+                **self._clip,
             )
         else:
             net = NETS.get(self._process, lambda net: net)(denoiser(*self._net))
@@ -287,6 +307,7 @@ class DiffusionKernel(LearnedKernel):
             trust_region=self._trust_region,
             buffer_size=self._buffer_size,
             goal=self._goal,
+            patience=self._patience,
             endpoints=warm.points,
             smc_particles=self._smc_particles,
         )
@@ -329,6 +350,8 @@ class LogVarianceDISKernel(DiffusionKernel):
         potential_fn: Callable[..., Any] | None = None,
         *,
         coarse_steps: int | None = 10,
+        look_ahead: bool = False,
+        patience: int | None = 100,
         num_steps: int = 32,
         num_paths: int = 256,
         num_times: int = 16,
@@ -351,6 +374,8 @@ class LogVarianceDISKernel(DiffusionKernel):
             model,
             potential_fn,
             coarse_steps=coarse_steps,
+            look_ahead=look_ahead,
+            patience=patience,
             num_steps=num_steps,
             num_paths=num_paths,
             num_times=num_times,

@@ -58,11 +58,14 @@ def _waves(log_snr: Float[Array, ""], width: int) -> Float[Array, " w"]:
 
 
 class _Denoiser(nnx.Module):
-    def __init__(self, dim: int, width: int, depth: int, num_components: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, dim: int, width: int, depth: int, num_components: int, num_scores: int, rngs: nnx.Rngs
+    ) -> None:
         dtype = jnp.result_type(float)
         zero = nnx.initializers.zeros
-        self.dim, self.width = dim, width
-        self.x = nnx.Linear(2 * dim, width, param_dtype=dtype, rngs=rngs)
+        self.dim, self.width, self.num_scores = dim, width, num_scores
+        inputs = (1 + num_scores) * dim
+        self.x = nnx.Linear(inputs, width, param_dtype=dtype, rngs=rngs)
         self.time = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
         self.hidden = nnx.List(
             nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(depth - 1)
@@ -70,36 +73,50 @@ class _Denoiser(nnx.Module):
         self.shift = nnx.List(
             nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(depth - 1)
         )
-        size = 2 * dim + num_components
-        self.out = nnx.Linear(width, size, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
-        self.gate = nnx.Linear(width, 1, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
+        size, last = 2 * dim + num_components, width
+        if num_scores > 1:
+            last = 2 * width
+            self.linear = nnx.Linear(inputs, width, use_bias=False, param_dtype=dtype, rngs=rngs)
+            self.gain = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(last, size, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
+        self.gate = nnx.Linear(
+            width, num_scores, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero
+        )
 
     def __call__(
-        self, log_snr: Float[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
-    ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, ""], Float[Array, " K"]]:
+        self, log_snr: Float[Array, ""], x: Float[Array, " d"], score: Float[Array, "*s d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, "*s"], Float[Array, " K"]]:
         time = nnx.gelu(self.time(_waves(log_snr, self.width)))
-        hidden = nnx.gelu(self.x(jnp.concatenate([x, score])) + time)
+        seen = jnp.concatenate([x, score.ravel()])
+        hidden = nnx.gelu(self.x(seen) + time)
         for layer, shift in zip(self.hidden, self.shift, strict=True):
             hidden = nnx.gelu(layer(hidden) + shift(time))
+        if self.num_scores > 1:
+            hidden = jnp.concatenate([hidden, self.gain(time) * self.linear(seen)])
         mean, log_var, logits = jnp.split(self.out(hidden), [self.dim, 2 * self.dim])
-        return mean, 4.0 * jnp.tanh(log_var / 4.0), self.gate(time)[0], logits
+        gate = self.gate(time).reshape(score.shape[:-1])
+        return mean, 4.0 * jnp.tanh(log_var / 4.0), gate, logits
 
 
-def denoiser(width: int = 64, depth: int = 2, num_components: int = 1) -> Net:
+def denoiser(width: int = 64, depth: int = 2, num_components: int = 1, num_scores: int = 1) -> Net:
     """Make the network of `dis`: corrections to the end point's mean, log variance and component.
 
     A multilayer perceptron of the point and the score feature, shifted in every layer by an embedding of
     the log signal-to-noise ratio. That embedding does not depend on the point, so that a batch of points
     at one time shares it. All outputs are zero at the start: the process is then its own time reversal.
+    With two score features the outputs are nearly linear in them: there are linear units beside the last
+    hidden layer, each with a gain that depends on the noise.
 
     Args:
         width: units of each hidden layer, an even number.
         depth: number of hidden layers.
         num_components: components K of the reference.
+        num_scores: score features, s; the second is that of `dis` with ``look_ahead``.
 
     Returns:
         A net whose ``apply(params, log_snr, x, score)`` gives
-        ``(mean [d], log_var [d], gate [], logits [K])``.
+        ``(mean [d], log_var [d], gate [], logits [K])``; with two features score has shape ``[2, d]`` and
+        gate ``[2]``.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -110,7 +127,7 @@ def denoiser(width: int = 64, depth: int = 2, num_components: int = 1) -> Net:
         >>> mean.tolist(), float(gate)
         ([0.0, 0.0, 0.0], 0.0)
     """
-    return _functional(lambda dim, rngs: _Denoiser(dim, width, depth, num_components, rngs))
+    return _functional(lambda dim, rngs: _Denoiser(dim, width, depth, num_components, num_scores, rngs))
 
 
 class _Potential(nnx.Module):

@@ -36,12 +36,14 @@ STILL = Net(
 """A denoiser that has learned nothing: the process is its own time reversal."""
 
 
-def shaken(dim, num_steps=4, size=0.1, seed=0, reference=None):
+def shaken(dim, num_steps=4, size=0.1, seed=0, reference=None, look_ahead=False):
     """A DIS process with a small network whose weights are all random, output layer included."""
-    net = denoiser(width=8, num_components=1 if reference is None else len(reference.log_weight))
+    num_components = 1 if reference is None else len(reference.log_weight)
+    net = denoiser(width=8, num_components=num_components, num_scores=2 if look_ahead else 1)
     params = net.init(jax.random.key(seed), dim)
     noise = jax.random.normal(jax.random.key(seed + 1), params.shape, params.dtype)
-    return dis(net, dim, num_steps, reference=reference), params + size * noise
+    process = dis(net, dim, num_steps, reference=reference, look_ahead=look_ahead)
+    return process, params + size * noise
 
 
 def three_components(widen=1.0):

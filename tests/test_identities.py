@@ -30,8 +30,9 @@ from numpyro_sbtm.core import (
     two_pass_gradient,
 )
 from numpyro_sbtm.core.mixture import Mixture
-from numpyro_sbtm.core.path import reevaluate, simulate
+from numpyro_sbtm.core.path import observe, reevaluate, simulate
 from numpyro_sbtm.core.process import log_snr_grid
+from numpyro_sbtm.core.target import value_and_score
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, log_variance_at, metropolis, resample
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian
@@ -109,12 +110,13 @@ def test_training_that_makes_it_worse_is_undone():
     assert float(jnp.std(draw(key, state, 100).log_weight)) < 0.1
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
-def test_mean_weight_is_z_with_four_steps(name, mixture):
+def test_mean_weight_is_z_with_four_steps(name, mixture, look_ahead):
     # as wide as the targets: weights relative to a narrower one have no variance, and no standard error
     reference = three_components(widen=3.0) if mixture else None
-    process, params = shaken(2, size=0.02, reference=reference)
+    process, params = shaken(2, size=0.02, reference=reference, look_ahead=look_ahead)
     weight = jnp.exp(batch(process, params, TARGETS[name](), 1, 40_000).log_weight)
     assert float(jnp.std(weight)) > 0.1  # the process is wrong, so the check says something
     assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(weight.size))
@@ -128,12 +130,34 @@ def test_mean_weight_is_z_relative_to_a_constant():
     assert_within(log_z, 3.0, se)
 
 
-@pytest.mark.parametrize("detach", [True, False])
-def test_evaluate_equals_simulate(detach):
-    process, params = shaken(2, num_steps=6)
+@pytest.mark.parametrize(("detach", "look_ahead"), [(True, False), (False, False), (True, True)])
+def test_evaluate_equals_simulate(detach, look_ahead):
+    process, params = shaken(2, num_steps=6, look_ahead=look_ahead)
     path = batch(process, params, two_modes(), 3, 5, detach=detach)
     again = evaluated(process, params, two_modes(), path.xs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), path, again)
+
+
+def test_looking_ahead_sees_the_score_where_the_path_will_end():
+    net = denoiser(8, num_scores=2)
+    process = dis(net, 2, 6, look_ahead=True)
+    target, x = gaussian(np.array([0.5, -0.2]), np.diag([0.5, 0.8])), jnp.array([0.3, 0.7])
+    for k in (1, 3):
+        share = log_snr_grid(6)[k]
+        excess = lambda x: value_and_score(target, x)[1] + x  # noqa: E731
+        ahead = np.sqrt(share) * x + np.sqrt(share) * (1 - share) * excess(x)
+        _, scores = observe(process, target, jnp.array(k), x)
+        np.testing.assert_allclose(scores[0], excess(x) - x, rtol=1e-6)
+        np.testing.assert_allclose(scores[1], excess(ahead) - ahead, rtol=1e-6)
+
+
+def test_a_guess_off_the_target_does_not_end_a_path():
+    process, params = shaken(2, num_steps=6, look_ahead=True)
+    x, score = jnp.ones(2), jnp.array([1.0, -2.0])
+    at_three = lambda *scores: process.forward(params, jnp.array(3), x, jnp.stack(scores)).log_prob(x)  # noqa: E731
+    for nowhere in (jnp.nan, jnp.inf):
+        assert np.isfinite(at_three(score, jnp.full(2, nowhere)))
+    assert at_three(score, score) != at_three(score, jnp.zeros(2))
 
 
 def test_simulation_goes_through_given_points():
@@ -186,9 +210,11 @@ def test_noise_paths_have_the_closed_form_marginals():
         assert_within(jnp.std(xs[:, k]), sd, sd / np.sqrt(2 * keys.shape[0]))
 
 
-@pytest.mark.parametrize("policy, clip", itertools.product(["on", "off"], [None, 2.0]))
-def test_two_pass_gradient_equals_autodiff(policy, clip):
-    process, params = shaken(2, num_steps=5)
+@pytest.mark.parametrize(
+    "policy, clip, look_ahead", itertools.product(["on", "off"], [None, 2.0], [False, True])
+)
+def test_two_pass_gradient_equals_autodiff(policy, clip, look_ahead):
+    process, params = shaken(2, num_steps=5, look_ahead=look_ahead)
     target, divergence = two_modes(), log_variance(clip)
     paths = batch(process, params, target, 6, 32)
     if policy == "off":  # the same points under other parameters

@@ -351,6 +351,7 @@ OPTIONS = {"num_updates": 2, "coarse_steps": 5, "exploration": 0.2, "trust_regio
 PAIRS = [(name, "kl" if name == "dds-learned" else "log-variance", {}) for name in PROCESSES]
 PAIRS += [("dis", name, {}) for name in DIVERGENCES if name != "log-variance"]
 PAIRS += [("dis", "log-variance", OPTIONS), ("dis", "sub-trajectory-log-variance", {"score_clip": 0.0})]
+PAIRS += [("dis", "log-variance", {"look_ahead": True}), ("dis", "kl", {"look_ahead": True})]
 
 
 @pytest.mark.slow
@@ -377,7 +378,7 @@ def test_barely_trained_kernels_are_exact(process, divergence, options):
 
 
 def test_options_out_of_range_are_refused():
-    for name in ("exploration", "buffer_size", "score_clip"):
+    for name in ("exploration", "buffer_size", "score_clip", "patience"):
         with pytest.raises(ValueError, match=f"`{name}` must not be negative, got -1"):
             DiffusionKernel(None, lambda x: 0.0, **{name: -1})
 
@@ -387,6 +388,8 @@ def test_unknown_processes_and_divergences_are_refused():
         DiffusionKernel(None, lambda x: 0.0, process="ddpm")
     with pytest.raises(ValueError, match=r"`divergence` must be one of .*, got .hellinger."):
         DiffusionKernel(None, lambda x: 0.0, divergence="hellinger")
+    with pytest.raises(ValueError, match="`look_ahead` asks for the `process` 'dis', got 'pis'"):
+        DiffusionKernel(None, lambda x: 0.0, process="pis", look_ahead=True)
     with pytest.raises(ValueError, match="multiple of the divergence's 16 paths per start, got 20"):
         run_chains(
             DiffusionKernel(None, lambda x: jnp.sum(x**2), divergence="log-variance-per-start", num_paths=20),

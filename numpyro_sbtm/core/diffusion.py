@@ -167,7 +167,7 @@ def diffusion(
     num_updates: int = 1,
     average_decay: float = 0.99,
     goal: float = 0.03,
-    patience: int = 100,
+    patience: int | None = 100,
     good_enough: float = 0.8,
     endpoints: Float[Array, "m d"] | None = None,
     backward_share: float = 0.25,
@@ -195,7 +195,7 @@ def diffusion(
         average_decay: decay of the moving average of the parameters, per update; less in the first steps.
         goal: training is finished once the variance of the log weights, on average over 50 steps, is below
             this, whatever the divergence (see `log_variance_at`).
-        patience: or once it has not fallen by a twentieth in so many steps,
+        patience: or once it has not fallen by a twentieth in so many steps (None: never),
         good_enough: provided that it is below this.
         endpoints: points that resemble draws of the target, shape ``[m, d]``. A divergence that is valid off
             policy is then also taken over paths that the backward chain makes from them, so that training
@@ -212,7 +212,8 @@ def diffusion(
         smc_particles: paths of each proposal of the ensemble (see `path_ensemble`); none below two.
 
     Returns:
-        The algorithm. A step costs ``num_paths (T+1)`` target gradients, on a coarse grid fewer.
+        The algorithm. A step costs ``num_paths (T+1)`` target gradients, fewer on a coarse grid, and twice as
+        many where the process looks ahead.
 
     Raises:
         ValueError: for pairs of process and divergence that are unsound, for options that a divergence or a
@@ -378,10 +379,13 @@ def diffusion(
             (loss, paths), gradient = jax.value_and_grad(through, has_aux=True)(state.params)
             carry, skip = update(carry, gradient, state.step)
             skipped = skip.astype(jnp.int32)
-        gradients = jnp.asarray(num_paths * (num_simulated + 1), jnp.int32)
+        calls = 1 if process.look is None else 2
+        gradients = jnp.asarray(num_paths * (num_simulated + 1) * calls, jnp.int32)
         progress = state.progress.after(state.step, spread(paths))
         recent = progress.recent
-        finished = (recent < goal) | ((progress.stale > patience) & (recent < good_enough))
+        finished = recent < goal
+        if patience is not None:
+            finished |= (progress.stale > patience) & (recent < good_enough)
         params, average, opt_state = carry
         new = state._replace(
             step=state.step + 1,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from numpyro_sbtm.core.process import Process
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
 
-__all__ = ["Path", "evaluate", "log_kernels", "noise_path", "reevaluate", "simulate"]
+__all__ = ["Path", "evaluate", "log_kernels", "noise_path", "observe", "reevaluate", "simulate"]
 
 
 class Path(NamedTuple):
@@ -18,7 +18,8 @@ class Path(NamedTuple):
 
     Attributes:
         xs: the points, shape ``[T+1, d]``.
-        scores: the target's score at the points, shape ``[T+1, d]``.
+        scores: the target's score at the points, shape ``[T+1, d]``; and where the process looks,
+            shape ``[T+1, 2, d]``.
         log_init: log p_0(x_0), shape ``[]``.
         log_forward: log F_k(x_{k+1} | x_k), shape ``[T]``.
         log_backward: log B_k(x_k | x_{k+1}), shape ``[T]``.
@@ -26,7 +27,7 @@ class Path(NamedTuple):
     """
 
     xs: Float[Array, "*n T1 d"]
-    scores: Float[Array, "*n T1 d"]
+    scores: Float[Array, "*points d"]
     log_init: Float[Array, "*n"]
     log_forward: Float[Array, "*n T"]
     log_backward: Float[Array, "*n T"]
@@ -45,14 +46,34 @@ class Path(NamedTuple):
         return self.log_target - self.log_init + jnp.sum(self.log_backward - self.log_forward, -1)
 
 
+def observe(
+    process: Process, target: Target, k: Int[Array, ""], x: Float[Array, " d"]
+) -> tuple[Float[Array, ""], Float[Array, "*s d"]]:
+    """Evaluate all that the chains want to know of the target at x_k: its log density and its score there.
+
+    Where the process looks elsewhere, too, both scores are stacked.
+    """
+    look = process.look
+    if look is None:
+        return value_and_score(target, x)
+
+    def one(place: Float[Array, " d"], _: None):  # type: ignore[no-untyped-def]
+        value, score = value_and_score(target, place)
+        return look(k, x, score), (value, score)
+
+    # a loop: the target is compiled once
+    _, (values, scores) = jax.lax.scan(one, x, None, length=2)
+    return values[0], scores
+
+
 def log_kernels(
     process: Process,
     params: Params,
     k: Int[Array, ""],
     x: Float[Array, " d"],
     x_next: Float[Array, " d"],
-    score: Float[Array, " d"],
-    score_next: Float[Array, " d"],
+    score: Float[Array, "*s d"],
+    score_next: Float[Array, "*s d"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Evaluate log F_k(x_next | x) and log B_k(x | x_next)."""
     return (
@@ -109,7 +130,7 @@ def simulate(
         # not used, but must be finite for gradients
         before, x = carry
         k, key_k = inputs
-        log_target, score = value_and_score(target, x)
+        log_target, score = observe(process, target, k, x)
         log_backward = process.backward(params, jnp.maximum(k - 1, 0), x, score).log_prob(before)
         forward = process.forward(params, jnp.minimum(k, last), x, score)
         wider = forward if widen is None else forward.widened(widen)
@@ -145,7 +166,7 @@ def noise_path(
 
     def step(x_next, inputs):  # type: ignore[no-untyped-def]
         k, key_k = inputs
-        _, score = value_and_score(target, x_next)
+        _, score = observe(process, target, k + 1, x_next)
         before = process.backward(params, k, x_next, score).sample(key_k)
         return before, before
 
@@ -166,7 +187,8 @@ def evaluate(process: Process, params: Params, target: Target, xs: Float[Array, 
     Returns:
         The path; ``evaluate(..., simulate(...).xs)`` equals ``simulate(...)``.
     """
-    log_targets, scores = jax.vmap(lambda x: value_and_score(target, x))(xs)
+    steps = jnp.arange(process.num_steps + 1)
+    log_targets, scores = jax.vmap(lambda k, x: observe(process, target, k, x))(steps, xs)
     none, blank = jnp.zeros((), xs.dtype), jnp.zeros(process.num_steps, xs.dtype)
     path = Path(xs, scores, none, blank, blank, log_targets[-1])
     return reevaluate(process, params, path)

@@ -44,8 +44,9 @@ class Net(NamedTuple):
     apply: Callable[..., Any]
 
 
-Chain = Callable[[Params, Int[Array, ""], Float[Array, " d"], Float[Array, " d"]], Transition]
-"""``(params, k, x, score of the target at x) -> Transition``, for one point."""
+Chain = Callable[[Params, Int[Array, ""], Float[Array, " d"], Float[Array, "*s d"]], Transition]
+"""``(params, k, x, score of the target at x) -> Transition``, for one point; of two scores where the process
+has `Process.look`."""
 
 
 class Process(NamedTuple):
@@ -60,6 +61,8 @@ class Process(NamedTuple):
         backward: B_k, the distribution of x_k given x_{k+1}.
         marginal: ``(k, x) -> log density``, a guess of the law of x_k; that of x_T guesses the target.
         share: A_k, how far x_k is on the way from noise, 0, to the draw, 1, shape ``[T+1]``.
+        look: ``(k, x, score at x) -> point``, where the chains want the target's score, too: they are then
+            given both, shape ``[2, d]``. None: nowhere.
         coarse: ``points -> Process``, the same process on some points of its grid, shape ``[m+1]``,
             increasing from 0 to T; None where it is not known between other points than neighbours.
         learns_reference: whether the law of x_0 or the size of the noise depends on the parameters.
@@ -71,6 +74,7 @@ class Process(NamedTuple):
     backward: Chain
     marginal: Callable[[Int[Array, ""], Float[Array, " d"]], Float[Array, ""]]
     share: np.ndarray | Float[Array, " T1"]
+    look: Callable[[Int[Array, ""], Float[Array, " d"], Float[Array, " d"]], Float[Array, " d"]] | None = None
     coarse: Callable[[Int[Array, " m1"]], "Process"] | None = None
     learns_reference: bool = False
 
@@ -118,6 +122,7 @@ def dis(
     scale: float = 1.0,
     score_clip: float = 3.0,
     reference: Mixture | None = None,
+    look_ahead: bool = False,
 ) -> Process:
     """Make a time-reversed diffusion sampler (DIS) with exact Ornstein-Uhlenbeck kernels.
 
@@ -136,15 +141,22 @@ def dis(
     the mean moves in units of what each component leaves uncertain: a narrow one is not thrown off by a
     network that has yet to learn.
 
+    With one normal distribution as reference the exact mean has m = √V E[∇log ρ(x_T) - ∇log reference(x_T)]
+    given x_k: it depends on the score where the path will end. With ``look_ahead`` there is a second feature,
+    from the score at a guess of x_T, namely D_c of the likeliest component with m = 0 and gate = 1: a step of
+    a fixed-point iteration. A step then costs two target gradients.
+
     Args:
         net: ``apply(params, log_snr, z, s̃)`` returns ``(m, r, gate, l)`` of shapes ``[d]``, ``[d]``,
             ``[]`` and ``[K]``, from the point in units of its mean and deviations under the reference, z;
             ``log_snr`` depends on the step alone. r is in the coordinates of a component's eigenvectors.
+            With ``look_ahead`` s̃ has shape ``[2, d]``, and gate ``[2]``.
         dim: the dimension d.
         num_steps: the number of steps, T.
         scale: the standard deviation σ of the noise.
         score_clip: bound on each coordinate of the score feature.
         reference: the mixture; None for N(0, σ² I).
+        look_ahead: evaluate the target's score at a guess of the end point, too.
 
     Returns:
         The process; its weights are exact at any T.
@@ -170,10 +182,11 @@ def dis(
         there = jnp.asarray(log_share)[points]
         alpha = -jnp.expm1(there[:-1] - there[1:])
         grid = jnp.asarray(share)[points], jnp.asarray(noise)[points], alpha
-        return _reversal(net, reference, scale, score_clip, *grid)
+        return _reversal(net, reference, scale, score_clip, look_ahead, *grid)
 
     alpha = 1.0 - share[:-1] / share[1:]
-    return _reversal(net, reference, scale, score_clip, share, noise, alpha)._replace(coarse=coarse)
+    grid = share, noise, alpha
+    return _reversal(net, reference, scale, score_clip, look_ahead, *grid)._replace(coarse=coarse)
 
 
 def _reversal(
@@ -181,6 +194,7 @@ def _reversal(
     reference: Mixture,
     scale: float,
     score_clip: float,
+    look_ahead: bool,
     share: np.ndarray | Float[Array, " T1"],
     noise: np.ndarray | Float[Array, " T1"],
     alpha: np.ndarray | Float[Array, " T"],
@@ -201,33 +215,60 @@ def _reversal(
         std = jnp.sqrt(root**2 * reference.std**2 + noise_var)
         return reference._replace(centre=root * reference.centre, std=std)
 
+    def informed(
+        k: Int[Array, ""], place: Float[Array, " d"], score: Float[Array, " d"]
+    ) -> Float[Array, " d"]:
+        """The feature of a score, for x_k."""
+        unit = at(root_share, k, place) * scale * jnp.sqrt(at(noise, k, place))
+        return jnp.clip(unit * (score - reference.score(place)), -score_clip, score_clip)
+
+    def end(
+        k: Int[Array, ""], x: Float[Array, " d"], shift: Float[Array, " d"]
+    ) -> tuple[Float[Array, "K d"], Float[Array, "K d"]]:
+        """The mean of x_T given x_k, with a shift, and its deviations, in each component's coordinates."""
+        root = at(root_share, k, x)
+        here = noised(root, scale**2 * at(noise, k, x))
+        gain = root * reference.std**2 / here.std**2
+        std = reference.std / here.std * scale * jnp.sqrt(at(noise, k, x))
+        mean = reference.centre + gain * (reference.rotate(x) - here.centre)
+        return mean + std * reference.rotate(shift), std
+
+    def look(k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]) -> Float[Array, " d"]:
+        root, noise_var = at(root_share, k, x), scale**2 * at(noise, k, x)
+        likeliest = jnp.argmax(noised(root, noise_var).joint(x))
+        guess = end(k, x, informed(k, x, score))[0][likeliest]
+        return guess if reference.rotation is None else reference.rotation[likeliest] @ guess
+
+    def features(
+        k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, "*s d"]
+    ) -> Float[Array, "*s d"]:
+        if not look_ahead:
+            return informed(k, x, score)
+        first = informed(k, x, score[0])
+        second = informed(k, look(k, x, score[0]), score[1])
+        # the guess is not on the path: that there is no score there must not end it
+        return jnp.stack([first, jnp.where(jnp.all(jnp.isfinite(second)), second, first)])
+
     def forward(
-        params: Params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]
+        params: Params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, "*s d"]
     ) -> Mixture:
         root, noise_var = at(root_share, k, x), scale**2 * at(noise, k, x)
-        feature = root * jnp.sqrt(noise_var) * (score - reference.score(x))
-        feature = jnp.clip(feature, -score_clip, score_clip)
+        feature = features(k, x, score)
         # modes may lie a hundred deviations apart: the network sees all of them within a few units
         seen = (x - root * centre) / jnp.sqrt(root**2 * spread**2 + noise_var)
         mean, log_var, gate, logits = net.apply(params, at(log_snr, k, x), seen, feature)
-        here = noised(root, noise_var)
-        # the mean and the variance of x_T given x_k, in the coordinates of each component
-        rotated = reference.rotate(x)
-        gain = root * reference.std**2 / here.std**2
-        std = reference.std / here.std * jnp.sqrt(noise_var)
-        shift = std * reference.rotate(mean + gate * feature)
-        denoised = reference.centre + gain * (rotated - here.centre) + shift
+        denoised, std = end(k, x, mean + jnp.tensordot(gate, feature, gate.ndim))
         var = std**2 * jnp.exp(log_var)
         weight = at(denoiser_weight, k, x)
         return Mixture(
-            jax.nn.log_softmax(here.joint(x) + logits),
+            jax.nn.log_softmax(noised(root, noise_var).joint(x) + logits),
             reference.rotation,
-            weight * denoised + at(point_weight, k, x) * rotated,
+            weight * denoised + at(point_weight, k, x) * reference.rotate(x),
             jnp.sqrt(at(bridge_var, k, x) + weight**2 * var),
         )
 
     def backward(
-        params: Params, k: Int[Array, ""], x_next: Float[Array, " d"], score: Float[Array, " d"]
+        params: Params, k: Int[Array, ""], x_next: Float[Array, " d"], score: Float[Array, "*s d"]
     ) -> Gaussian:
         del params, score
         std = jnp.full_like(x_next, at(noise_std, k, x_next))
@@ -237,4 +278,5 @@ def _reversal(
         return noised(at(root_share, k, x), scale**2 * at(noise, k, x)).log_prob(x)
 
     init = noised(jnp.asarray(root_share[0]), jnp.asarray(scale**2 * noise[0]))
-    return Process(len(alpha), lambda params: init, forward, backward, marginal, share)
+    ahead = look if look_ahead else None
+    return Process(len(alpha), lambda params: init, forward, backward, marginal, share, ahead)

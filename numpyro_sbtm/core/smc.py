@@ -10,9 +10,9 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble
-from numpyro_sbtm.core.path import evaluate, log_kernels, noise_path, simulate
+from numpyro_sbtm.core.path import evaluate, log_kernels, noise_path, observe, simulate
 from numpyro_sbtm.core.process import Process
-from numpyro_sbtm.core.target import Key, Params, Target, after, value_and_score
+from numpyro_sbtm.core.target import Key, Params, Target, after
 from numpyro_sbtm.core.weights import clean, ess_fraction, resample
 
 __all__ = ["independent_ensemble", "path_draws", "path_ensemble"]
@@ -150,7 +150,7 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
             keys = jax.random.split(key_move, num_particles)
             move = jax.vmap(lambda key, x, score: process.forward(params, k, x, score).sample(key))
             new = retain(move(keys, x, score), k + 1)
-            new_value, new_score = jax.vmap(lambda y: value_and_score(target, y))(new)
+            new_value, new_score = jax.vmap(lambda y: observe(process, target, k + 1, y))(new)
             log_forward, log_backward = jax.vmap(lambda *ends: log_kernels(process, params, k, *ends))(
                 x, new, score, new_score
             )
@@ -160,7 +160,7 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
 
         first = jnp.zeros((), jnp.int32)
         x = retain(jax.vmap(process.init(params).sample)(jax.random.split(key_init, num_particles)), first)
-        value, score = jax.vmap(lambda y: value_and_score(target, y))(x)
+        value, score = jax.vmap(lambda y: observe(process, target, first, y))(x)
         before = jax.vmap(lambda *point: law(first, *point))(x, value)
         log_weight = clean(before - jax.vmap(process.init(params).log_prob)(x))
         carry = x, value, score, before, log_weight, jnp.zeros((), x.dtype)
