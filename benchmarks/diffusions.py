@@ -121,6 +121,7 @@ KERNELS = (
     {
         "default": LogVarianceDISKernel,
         "default on whole grids": partial(LogVarianceDISKernel, coarse_steps=None),
+        "published control": partial(DiffusionKernel, process="dis-control"),
         "single paths": partial(LogVarianceDISKernel, smc_particles=0),
         "default, looking ahead": partial(LogVarianceDISKernel, look_ahead=True),
         "256 steps": partial(LogVarianceDISKernel, **_FINE),

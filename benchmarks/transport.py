@@ -35,6 +35,7 @@ NUM_EXACT = 10_000  # draws of the target for the metric of the paper
 NUM_FRESH = 16_384
 NUM_PROBES = 4096
 RATE = 1e-2  # of Adam, first
+TOLERANCE = 1e-3  # of adaptive steps, in deviations of the particles
 NUM_LOOKS = 5  # at the particles on their way
 NUM_WAYS = 40  # trajectories drawn
 NOTICEABLE = 0.01  # dissipation above which its error counts
@@ -191,7 +192,13 @@ def _kernel(problem):
 
 
 def _transport(
-    problem, seed, annealing: Annealing | None = None, noisy=False, preconditioned=False, learner=_network
+    problem,
+    seed,
+    annealing: Annealing | None = None,
+    noisy=False,
+    preconditioned=False,
+    learner=_network,
+    tolerance=None,
 ):
     """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
     algorithm = sbtm(
@@ -206,6 +213,7 @@ def _transport(
         annealing=annealing,
         noisy=noisy,
         preconditioned=preconditioned,
+        tolerance=tolerance,
         max_rounds=8,
         first_updates=1000,
         num_probes=min(problem.num_particles, NUM_PROBES),
@@ -314,6 +322,7 @@ SAMPLERS = {
     "sbtm, dilation": partial(_transport, annealing=dilation()),
     "sbtm, kernel score": partial(_transport, learner=_kernel),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),
+    "sbtm, adaptive steps": partial(_transport, tolerance=TOLERANCE),
     "sbtm, noisy": partial(_transport, noisy=True),
     "plain sbtm": lambda problem, seed: _particles(partial(plain_transport, std=problem.std), problem, seed),
     "langevin": partial(_particles, langevin),
@@ -354,6 +363,7 @@ COLUMNS = (
     "experiment",
     "sampler",
     "seconds",
+    "maps",
     "gradients",
     "kernel KL (its rise)",
     "moment KL (its rise)",
@@ -376,6 +386,7 @@ def cells(row):
         row["problem"],
         row["sampler"],
         "{seconds:.1f}".format(**row),
+        optional("{maps:.0f}", "maps"),
         "{gradients:,.0f}".format(**row),
         optional("{kernel_kl:.5f}", "kernel_kl") + optional(" ({kernel_kl_rise:.5f})", "kernel_kl_rise", ""),
         optional("{moment_kl:.5f}", "moment_kl") + optional(" ({moment_kl_rise:.5f})", "moment_kl_rise", ""),

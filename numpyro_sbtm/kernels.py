@@ -411,6 +411,8 @@ class SBTMKernel(LearnedKernel):
         num_updates: updates of the network per training step.
         batch_size: particles per update.
         duration: total time of the transport.
+        tolerance: error that a step of the transport may make, in deviations of the particles; steps adapt to
+            it, and ``num_maps`` is their largest number. None: all steps are alike.
         learning_rate: of Adam with weight decay.
         width: units of each hidden layer of the network.
         depth: number of its hidden layers.
@@ -451,6 +453,7 @@ class SBTMKernel(LearnedKernel):
         num_updates: int = 10,
         batch_size: int = 2048,
         duration: float = 1.5,
+        tolerance: float | None = None,
         learning_rate: float = 1e-3,
         width: int = 64,
         depth: int = 2,
@@ -489,6 +492,7 @@ class SBTMKernel(LearnedKernel):
             scale=scale,
             duration=duration,
             num_maps=num_maps,
+            **({} if tolerance is None else {"tolerance": tolerance}),
         )
         if annealing is not None and annealing not in ANNEALINGS:
             raise ValueError(
@@ -502,7 +506,7 @@ class SBTMKernel(LearnedKernel):
         self._batch_size = min(batch_size, num_particles)
         self._learning_rate = learning_rate
         self._net = (width, depth)
-        self._duration = duration
+        self._duration, self._tolerance = duration, tolerance
         self._noisy = noisy
         self._scale = scale
 
@@ -518,6 +522,7 @@ class SBTMKernel(LearnedKernel):
             num_maps=num_maps,
             steps_per_map=num_warmup // num_maps,
             duration=self._duration,
+            tolerance=self._tolerance,
             base=warm.reference._replace(std=scale * warm.reference.std),
             noisy=target.dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy,
             goal=self._goal,

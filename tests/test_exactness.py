@@ -21,6 +21,7 @@ KERNELS = {
     ),
 }
 KERNELS["noisy sbtm"] = partial(KERNELS["sbtm"], noisy=True)
+KERNELS["adaptive sbtm"] = partial(KERNELS["sbtm"], tolerance=1e-2)
 KERNELS["annealed sbtm"] = partial(KERNELS["sbtm"], annealing="adaptive")
 # annealed particles must arrive: E[1/w] is no test where hardly a draw of the target is proposed
 WARMUP = {"annealed sbtm": 20}
@@ -54,6 +55,7 @@ def run(kernel, target, correction, local=None, num_samples=5000):
         ("sbtm", "correlated", "mala"),
         ("sbtm", "two_modes", None),
         pytest.param("noisy sbtm", "two_modes", "hmc", marks=pytest.mark.slow),
+        pytest.param("adaptive sbtm", "two_modes", None, marks=pytest.mark.slow),
         pytest.param("annealed sbtm", "two_modes", None, marks=pytest.mark.slow),
         pytest.param("sbtm", "two_modes", "hmc", marks=pytest.mark.slow),
     ],

@@ -8,6 +8,7 @@ import optax
 import pytest
 from helpers import assert_within, correlated, two_modes
 
+from numpyro_sbtm import SBTMKernel
 from numpyro_sbtm.core import Net, sbtm, simulate
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push
 from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
@@ -135,6 +136,31 @@ def test_steps_shrink_so_that_maps_stay_one_to_one():
     _, state, _ = trained(stiff)
     steps = state.maps.step_size
     assert jnp.all(steps > 0) and jnp.all(steps < 1.0e-2)  # not the 0.33 of `duration / num_maps`
+
+
+def test_steps_are_as_long_as_their_error_allows():
+    """Particles that relax exponentially need ever fewer steps; the last one ends with the duration."""
+    target, options = gaussian(np.zeros(2), np.eye(2)), {"num_particles": 4096, "duration": 2.0}
+    options |= {"steps_per_map": 1, "num_updates": 1, "quasi": True, "base": standard_normal(2, 0.5)}
+    errors, counts = [], []
+    for tolerance in (1e-2, 1e-3, 1e-4):
+        _, state, _ = trained(target, steps=400, num_maps=400, tolerance=tolerance, **options)
+        sizes = np.asarray(state.maps.step_size)
+        sizes = sizes[sizes > 0]
+        np.testing.assert_allclose(sizes.sum(), 2.0, rtol=1e-4)
+        assert np.all(sizes[1:] <= 2.0 * sizes[:-1] * (1 + 1e-9))
+        # a step of the flow of dv/dt = 2 (1 - v), and the affine velocity that transport has
+        variance = 0.25
+        worst = 0.0
+        for h in sizes:
+            exact = 1.0 - (1.0 - variance) * np.exp(-2.0 * h)
+            variance = variance * (1.0 + h * (1.0 / variance - 1.0)) ** 2
+            worst = max(worst, abs(np.sqrt(exact / variance) - 1.0))
+        errors.append(worst / tolerance)
+        counts.append(len(sizes))
+    # the estimate lags by a step, and the first steps have none
+    assert max(errors) < 4.0
+    assert 2.0 < counts[1] / counts[0] < 4.0 and 2.0 < counts[2] / counts[1] < 4.0
 
 
 def test_steps_after_the_last_map_change_nothing():
@@ -275,3 +301,7 @@ def test_clear_errors():
         sbtm(correlated(), NET, optax.sgd(1.0), num_particles=3)
     with pytest.raises(ValueError, match="`max_stretch` must lie between 0 and 1"):
         sbtm(correlated(), NET, optax.sgd(1.0), max_stretch=1.5)
+    with pytest.raises(ValueError, match="`tolerance` must be positive, got 0"):
+        sbtm(correlated(), NET, optax.sgd(1.0), tolerance=0.0)
+    with pytest.raises(ValueError, match="`tolerance` must be positive, got -1"):
+        SBTMKernel(lambda: None, tolerance=-1.0)

@@ -45,6 +45,8 @@ _WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.5)  # among which the variance of the weights decides
 _FIRST_NOISE = 0.1  # while the maps are made
 _NUM_JUDGED = 256  # paths that judge each of them
+_FASTER = 2.0  # bound on a step over the one before, where steps adapt
+_ALL = 1.0 - 1e-5  # of the duration, beyond rounding
 _PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
 
 
@@ -71,6 +73,8 @@ class SBTMState(NamedTuple):
         levels: of every map, shape ``[K]``.
         variance: of the probes' log weights after the last map, shape ``[]``.
         noise: b of noisy draws, shape ``[]``; zero for the flow.
+        velocities: of the particles during the last map, zero before the first, shape ``[n, d]``; None where
+            steps do not adapt.
     """
 
     step: Int[Array, ""]
@@ -90,6 +94,7 @@ class SBTMState(NamedTuple):
     levels: Float[Array, " K"]
     variance: Float[Array, ""]
     noise: Float[Array, ""]
+    velocities: Float[Array, "n d"] | None
 
 
 def sbtm(
@@ -105,6 +110,7 @@ def sbtm(
     duration: float = 2.0,
     base: Transition | None = None,
     max_stretch: float = 0.5,
+    tolerance: float | None = None,
     noisy: bool = False,
     goal: float = 0.0,
     smc_particles: int = 0,
@@ -136,6 +142,10 @@ def sbtm(
         duration: total time of the flow; the time step is ``duration / num_maps`` or less.
         base: the first law, wider than the target; None for N(0, I).
         max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one.
+        tolerance: error that a step may make, ½ h² |dv/dt| in root mean square over the particles and in
+            their deviations, from the last two velocities. Steps are then as long as that allows, at most
+            twice the last one, and end with ``duration``, or after ``num_maps`` of them. None: steps of
+            ``duration / num_maps``.
         noisy: draw paths with noise instead of points of the flow. The noise is chosen at the end of
             training, by the variance of the weights.
         goal: training is finished once the variance of those points' log weights is below this (see
@@ -185,6 +195,8 @@ def sbtm(
         )
     if not 0 < max_stretch < 1:
         raise ValueError(f"`max_stretch` must lie between 0 and 1, got {max_stretch}.")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"`tolerance` must be positive, got {tolerance}. Pass None for steps of one length.")
     if min(num_maps, steps_per_map, num_updates, batch_size, max_rounds, num_probes) < 1:
         raise ValueError(
             "`num_maps`, `steps_per_map`, `num_updates`, `batch_size`, `max_rounds` and `num_probes` must be "
@@ -235,12 +247,13 @@ def sbtm(
         )(points)
         return bounded(between[:n]), between[n:], scores[n:], values[n:]
 
-    def level_after(state: SBTMState) -> Float[Array, ""]:
+    def level_after(state: SBTMState, elapsed: Float[Array, ""]) -> Float[Array, ""]:
         """Choose the level that particles follow next."""
         if annealing is None:
             return state.level
         if annealing.conditional_ess is None:
-            return annealing.level((state.step // steps_per_map + 1) / num_maps).astype(state.level.dtype)
+            done = (state.step // steps_per_map + 1) / num_maps if tolerance is None else elapsed / duration
+            return annealing.level(done).astype(state.level.dtype)
         log_base = jax.vmap(base.log_prob)(state.probes)
         log_ratio = state.log_target - log_base
         log_weight = log_base + state.level * log_ratio - state.probe_log_q
@@ -291,6 +304,7 @@ def sbtm(
             levels=unknown,
             variance=variance,
             noise=jnp.asarray(_FIRST_NOISE if noisy else 0.0, log_q.dtype),
+            velocities=None if tolerance is None else jnp.zeros_like(particles),
         )
 
     def probes_of(state: SBTMState) -> Cloud:
@@ -304,6 +318,20 @@ def sbtm(
         info = Info(loss, skipped, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
 
+    def accurate(state: SBTMState, used: Maps, velocities: Float[Array, "n d"]) -> Float[Array, ""]:
+        """The longest step that the tolerance allows, within what is left of the duration."""
+        if tolerance is None:
+            return jnp.asarray(duration / num_maps, velocities.dtype)
+        assert state.velocities is not None
+        k = state.step // steps_per_map
+        first = jnp.asarray(duration / num_maps, velocities.dtype)
+        last = jnp.where(k > 0, state.maps.step_size[k - 1], first)
+        change = (velocities - state.velocities) @ used.whitener.T / last
+        bend = jnp.sqrt(jnp.mean(change**2))
+        allowed = jnp.sqrt(2.0 * tolerance / jnp.maximum(bend, 1e-12))
+        allowed = jnp.where(k > 0, jnp.minimum(allowed, _FASTER * last), first)
+        return jnp.minimum(allowed, duration - jnp.sum(state.maps.step_size))
+
     def move(key: Key, state: SBTMState) -> SBTMState:
         plain = learning.trim(state.current, probes_of(state))
         used = precondition(plain) if preconditioned else plain
@@ -313,13 +341,14 @@ def sbtm(
 
         probed = state.particles[:: max(1, num_particles // _PROBED)][:_PROBED]
         lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(field)(x)))(probed))
-        longest = duration / num_maps
-        step_size = jnp.minimum(longest, max_stretch / jnp.maximum(lipschitz, max_stretch / longest))
+        velocities = jax.vmap(field)(state.particles)
+        longest = accurate(state, used, velocities)
+        step_size = jnp.minimum(longest, max_stretch / jnp.maximum(lipschitz, 1e-12))
         made = used._replace(step_size=step_size.astype(used.mean.dtype))
         k = state.step // steps_per_map
         maps = jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made)
-        particles = state.particles + step_size * jax.vmap(field)(state.particles)
-        level = level_after(state)
+        particles = state.particles + step_size * velocities
+        level = level_after(state, jnp.sum(maps.step_size))
         if noisy:
             params = maps, state.noise
             walk = lambda key, x, g: process.forward(params, k, x, g).sample(key)  # noqa: E731
@@ -355,6 +384,7 @@ def sbtm(
             dissipation=jax.tree.map(lambda all_k, one: all_k.at[k].set(one), state.dissipation, now),
             levels=state.levels.at[k].set(state.level),
             variance=variance,
+            velocities=None if tolerance is None else velocities,
         )
         good = jnp.all(
             jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((particles, current))])
@@ -366,6 +396,8 @@ def sbtm(
         stale = state.step // steps_per_map - jnp.argmin(state.divergence) > _PATIENCE
         stale &= state.level >= 1.0
         reached = (state.step >= steps_per_map) & (state.variance < goal)
+        if tolerance is not None:
+            reached |= jnp.sum(state.maps.step_size) >= duration * _ALL
         return reached | stale | (state.step >= num_maps * steps_per_map)
 
     def choose_noise(key: Key, state: SBTMState) -> SBTMState:
