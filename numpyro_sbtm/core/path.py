@@ -51,7 +51,26 @@ def observe(
 ) -> tuple[Float[Array, ""], Float[Array, "*s d"]]:
     """Evaluate all that the chains want to know of the target at x_k: its log density and its score there.
 
-    Where the process looks elsewhere, too, both scores are stacked.
+    Args:
+        process: the two chains.
+        target: the density of x_T.
+        k: the number of the point, shape ``[]``.
+        x: the point, shape ``[d]``.
+
+    Returns:
+        The log density, shape ``[]``, and the score, shape ``[d]``; both scores where the process looks
+        elsewhere, too, shape ``[2, d]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Target, dis
+        >>> from numpyro_sbtm.core.path import observe
+        >>> from numpyro_sbtm.networks import denoiser
+        >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2), 1)
+        >>> process = dis(denoiser(8, num_scores=2), 1, num_steps=3, look_ahead=True)
+        >>> _, scores = observe(process, target, jnp.array(1), jnp.zeros(1))
+        >>> scores.shape
+        (2, 1)
     """
     look = process.look
     if look is None:
