@@ -492,8 +492,9 @@ class SBTMKernel(LearnedKernel):
             scale=scale,
             duration=duration,
             num_maps=num_maps,
-            **({} if tolerance is None else {"tolerance": tolerance}),
         )
+        if tolerance is not None:
+            _check_positive(tolerance=tolerance)
         if annealing is not None and annealing not in ANNEALINGS:
             raise ValueError(
                 f"`annealing` must be one of {', '.join(map(repr, ANNEALINGS))}, or None, got {annealing!r}."

@@ -215,6 +215,10 @@ def _reversal(
         std = jnp.sqrt(root**2 * reference.std**2 + noise_var)
         return reference._replace(centre=root * reference.centre, std=std)
 
+    def law(k: Int[Array, ""], x: Float[Array, " d"]) -> Mixture:
+        """The law of x_k, for x_T from the reference."""
+        return noised(at(root_share, k, x), scale**2 * at(noise, k, x))
+
     def informed(
         k: Int[Array, ""], place: Float[Array, " d"], score: Float[Array, " d"]
     ) -> Float[Array, " d"]:
@@ -226,16 +230,14 @@ def _reversal(
         k: Int[Array, ""], x: Float[Array, " d"], shift: Float[Array, " d"]
     ) -> tuple[Float[Array, "K d"], Float[Array, "K d"]]:
         """The mean of x_T given x_k, with a shift, and its deviations, in each component's coordinates."""
-        root = at(root_share, k, x)
-        here = noised(root, scale**2 * at(noise, k, x))
-        gain = root * reference.std**2 / here.std**2
+        here = law(k, x)
+        gain = at(root_share, k, x) * reference.std**2 / here.std**2
         std = reference.std / here.std * scale * jnp.sqrt(at(noise, k, x))
         mean = reference.centre + gain * (reference.rotate(x) - here.centre)
         return mean + std * reference.rotate(shift), std
 
     def look(k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"]) -> Float[Array, " d"]:
-        root, noise_var = at(root_share, k, x), scale**2 * at(noise, k, x)
-        likeliest = jnp.argmax(noised(root, noise_var).joint(x))
+        likeliest = jnp.argmax(law(k, x).joint(x))
         guess = end(k, x, informed(k, x, score))[0][likeliest]
         return guess if reference.rotation is None else reference.rotation[likeliest] @ guess
 
@@ -261,7 +263,7 @@ def _reversal(
         var = std**2 * jnp.exp(log_var)
         weight = at(denoiser_weight, k, x)
         return Mixture(
-            jax.nn.log_softmax(noised(root, noise_var).joint(x) + logits),
+            jax.nn.log_softmax(law(k, x).joint(x) + logits),
             reference.rotation,
             weight * denoised + at(point_weight, k, x) * reference.rotate(x),
             jnp.sqrt(at(bridge_var, k, x) + weight**2 * var),
@@ -275,7 +277,7 @@ def _reversal(
         return Gaussian(at(keep, k, x_next) * x_next, std)
 
     def marginal(k: Int[Array, ""], x: Float[Array, " d"]) -> Float[Array, ""]:
-        return noised(at(root_share, k, x), scale**2 * at(noise, k, x)).log_prob(x)
+        return law(k, x).log_prob(x)
 
     init = noised(jnp.asarray(root_share[0]), jnp.asarray(scale**2 * noise[0]))
     ahead = look if look_ahead else None
