@@ -22,7 +22,7 @@ from scipy.stats import gaussian_kde
 from benchmarks.particles import langevin, mass_errors, plain_transport, svgd, tempered
 from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.anneal import Annealing, dilation, geometric
+from numpyro_sbtm.core.anneal import dilation, geometric
 from numpyro_sbtm.core.flow import trajectory
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
@@ -191,16 +191,9 @@ def _kernel(problem):
     return radial(64, 0.4), None
 
 
-def _transport(
-    problem,
-    seed,
-    annealing: Annealing | None = None,
-    noisy=False,
-    preconditioned=False,
-    learner=_network,
-    tolerance=None,
-):
+def _transport(problem, seed, learner=_network, num_steps=None, **options):
     """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
+    problem = problem._replace(num_steps=num_steps or problem.num_steps)
     algorithm = sbtm(
         problem.target,
         *learner(problem),
@@ -210,14 +203,11 @@ def _transport(
         batch_size=min(problem.num_particles, 512),
         duration=problem.duration,
         base=standard_normal(problem.target.dim, problem.std),
-        annealing=annealing,
-        noisy=noisy,
-        preconditioned=preconditioned,
-        tolerance=tolerance,
         max_rounds=8,
         first_updates=1000,
         num_probes=min(problem.num_particles, NUM_PROBES),
         quasi=True,
+        **options,
     )
     keys = jax.random.split(jax.random.key(seed + 1), problem.num_steps)
 
@@ -244,7 +234,7 @@ def _transport(
     }
     for name, last in looks[-1].items():
         row[f"{name}_rise"] = last - min(look[name] for look in looks)
-    if problem.true_dissipation is not None and annealing is None and not (noisy or preconditioned):
+    if problem.true_dissipation is not None and not options.keys() & {"annealing", "noisy", "preconditioned"}:
         row["dissipation_error"] = _dissipation_error(problem, state)
     row |= _weighed(problem, algorithm, state, seed)
     history = state.maps.step_size, state.divergence, state.dissipation.fisher, state.dissipation.dissipation
@@ -323,6 +313,8 @@ SAMPLERS = {
     "sbtm, kernel score": partial(_transport, learner=_kernel),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),
     "sbtm, adaptive steps": partial(_transport, tolerance=TOLERANCE),
+    "sbtm, 50 steps": partial(_transport, num_steps=50),
+    "sbtm, 25 steps of Heun": partial(_transport, num_steps=25, heun=True),
     "sbtm, noisy": partial(_transport, noisy=True),
     "plain sbtm": lambda problem, seed: _particles(partial(plain_transport, std=problem.std), problem, seed),
     "langevin": partial(_particles, langevin),

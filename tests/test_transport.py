@@ -21,11 +21,12 @@ from numpyro_sbtm.targets import gaussian
 
 pytestmark = pytest.mark.usefixtures("x64")
 NET = score_mlp(width=16)
+STILL = Net(lambda key, dim: jnp.zeros(0), lambda params, x: 0.0 * x)
 
 
-def trained(target, steps=12, **options):
+def trained(target, steps=12, net=NET, **options):
     sizes = {"num_particles": 512, "num_maps": 6, "steps_per_map": 2, "num_updates": 4, "batch_size": 256}
-    algorithm = sbtm(target, NET, optax.adam(5e-3), **(sizes | options))
+    algorithm = sbtm(target, net, optax.adam(5e-3), **(sizes | options))
     state = algorithm.init(jax.random.key(0))
     state, info = jax.jit(
         lambda state: jax.lax.scan(
@@ -163,6 +164,38 @@ def test_steps_are_as_long_as_their_error_allows():
     assert 2.0 < counts[1] / counts[0] < 4.0 and 2.0 < counts[2] / counts[1] < 4.0
 
 
+def test_heun_steps_have_second_order():
+    """On normal laws affine velocities are exact: what is left is the error of the steps."""
+    target, options = gaussian(np.zeros(2), np.eye(2)), {"net": STILL, "num_particles": 512, "duration": 1.0}
+    options |= {"steps_per_map": 1, "num_updates": 1, "quasi": True, "base": standard_normal(2, 0.5)}
+
+    def error(num_maps, heun):
+        _, state, _ = trained(target, steps=num_maps, num_maps=num_maps, heun=heun, **options)
+        np.testing.assert_allclose(jnp.sum(state.maps.step_size), 1.0, rtol=1e-6)
+        return abs(float(jnp.mean(state.particles**2)) - (1.0 - 0.75 * np.exp(-2.0)))
+
+    assert 1.8 < error(20, False) / error(40, False) < 2.2
+    assert 3.4 < error(20, True) / error(40, True) < 4.6
+    assert error(20, True) < 0.2 * error(40, False)
+
+
+def test_heun_maps_are_exact_and_counted():
+    """Fresh draws through maps of two velocities have weights of mean Z, and are carried back."""
+    algorithm, state, info = trained(two_modes(), base=standard_normal(2, 1.5), heun=True)
+    assert float(jnp.max(jnp.abs(state.maps.second.params - state.maps.params))) > 1e-3
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(3), state, 20_000)
+    assert bool(jnp.all(draws.one_to_one))
+    log_z, se = log_evidence(draws.log_weight)
+    assert se > 1e-3
+    assert_within(log_z, 0.0, se)
+    found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x[:100])
+    np.testing.assert_allclose(found, draws.log_weight[:100], rtol=1e-9, atol=1e-9)
+    assert info.gradients == 2 * (512 + 1024)
+    broken = state._replace(scores=jnp.full_like(state.scores, jnp.nan), step=jnp.zeros((), jnp.int32))
+    after, info = jax.jit(algorithm.step)(jax.random.key(0), broken)
+    assert info.skipped == 4 and after.step == 1
+
+
 def test_steps_after_the_last_map_change_nothing():
     algorithm, state, _ = trained(correlated())
     after, info = jax.jit(algorithm.step)(jax.random.key(5), state)
@@ -283,10 +316,9 @@ def test_weights_of_noisy_paths_are_unbiased_both_ways(noisy):
 def test_at_rest_noisy_weights_vary_with_the_square_of_the_step():
     """For target and base N(0, I) and v = 0 the steps are Langevin's; Var log w falls fourfold with h / 2."""
     target = gaussian(np.zeros(2), np.eye(2))
-    still = Net(lambda key, dim: jnp.zeros(0), lambda params, x: 0.0 * x)
 
     def variance(n):
-        process = noisy_transport(still, n, standard_normal(2))
+        process = noisy_transport(STILL, n, standard_normal(2))
         zeros = jnp.zeros((n, 2))
         none, eye = jnp.zeros((n, 2, 2)), jnp.tile(jnp.eye(2), (n, 1, 1))
         maps = Maps(jnp.zeros((n, 0)), zeros, eye, eye, zeros, none, jnp.full(n, 1.0 / n))
@@ -303,5 +335,7 @@ def test_clear_errors():
         sbtm(correlated(), NET, optax.sgd(1.0), max_stretch=1.5)
     with pytest.raises(ValueError, match="`tolerance` must be positive, got 0"):
         sbtm(correlated(), NET, optax.sgd(1.0), tolerance=0.0)
+    with pytest.raises(ValueError, match="`heun` asks for a flow"):
+        sbtm(correlated(), NET, optax.sgd(1.0), heun=True, noisy=True)
     with pytest.raises(ValueError, match="`tolerance` must be positive, got -1"):
         SBTMKernel(lambda: None, tolerance=-1.0)

@@ -14,7 +14,7 @@ from numpyro_sbtm.core.target import Params
 from numpyro_sbtm.core.transition import Transition
 from numpyro_sbtm.core.transport import euler_map
 
-__all__ = ["Maps", "noisy_transport", "pull", "push", "trajectory", "velocity"]
+__all__ = ["Maps", "displacement", "noisy_transport", "pull", "push", "trajectory", "velocity"]
 
 _MAX_INVERSION_STEPS = 50
 
@@ -32,6 +32,7 @@ class Maps(NamedTuple):
         drift: b, shape ``[K, d]``.
         slope: W, shape ``[K, d, d]``.
         step_size: h, shape ``[K]``; zero for a map not made yet, which is then the identity.
+        second: v₂ of Heun's step x ↦ x + ½h (v(x) + v₂(x + h v(x))), without a step size; None for Euler's.
     """
 
     params: Params
@@ -41,6 +42,7 @@ class Maps(NamedTuple):
     drift: Float[Array, "K d"]
     slope: Float[Array, "K d d"]
     step_size: Float[Array, " K"]
+    second: "Maps | None" = None
 
 
 def velocity(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
@@ -48,6 +50,26 @@ def velocity(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
     centred = x - one.mean
     correction = one.lift @ net.apply(one.params, one.whitener @ centred)
     return one.drift + one.slope @ centred + correction
+
+
+def displacement(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Evaluate (x' - x) / h for one map x ↦ x': v(x), or the mean of the two velocities of Heun's step.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net
+        >>> from numpyro_sbtm.core.flow import Maps, displacement
+        >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
+        >>> zero, eye = jnp.zeros(1), jnp.eye(1)
+        >>> euler = Maps((), zero, eye, eye, zero, -eye, jnp.array(0.5))  # v(x) = -x
+        >>> heun = euler._replace(second=euler)
+        >>> [displacement(still, one, jnp.ones(1)).item() for one in (euler, heun)]
+        [-1.0, -0.75]
+    """
+    first = velocity(net, one, x)
+    if one.second is None:
+        return first
+    return 0.5 * (first + velocity(net, one.second, x + one.step_size * first))
 
 
 def push(
@@ -61,13 +83,13 @@ def push(
         x: the point, shape ``[d]``.
 
     Returns:
-        The image, the log-determinant of the composed map, and the largest h ‖Dv‖ met on the way,
-        which is below one where the maps are one-to-one.
+        The image, the log-determinant of the composed map, and the largest ‖D(x' - x)‖ of a map x ↦ x' met
+        on the way, which is below one where the maps are one-to-one.
     """
 
     def step(carry, one: Maps):  # type: ignore[no-untyped-def]
         x, log_det, worst = carry
-        x, change, stretch = euler_map(lambda y: velocity(net, one, y), one.step_size, x)
+        x, change, stretch = euler_map(lambda y: displacement(net, one, y), one.step_size, x)
         return (x, log_det + change, jnp.maximum(worst, stretch)), None
 
     zero = jnp.zeros((), x.dtype)
@@ -89,7 +111,7 @@ def trajectory(net: Net, maps: Maps, x: Float[Array, " d"]) -> Float[Array, "K1 
     """
 
     def step(x, one: Maps):  # type: ignore[no-untyped-def]
-        x = x + one.step_size * velocity(net, one, x)
+        x = x + one.step_size * displacement(net, one, x)
         return x, x
 
     return jnp.concatenate([x[None], jax.lax.scan(step, x, maps)[1]])
@@ -98,7 +120,8 @@ def trajectory(net: Net, maps: Maps, x: Float[Array, " d"]) -> Float[Array, "K1 
 def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
     """Carry one point back through all maps: the inverse of `push`.
 
-    Every map is undone by the iteration x ← y - h v(x), a contraction where h Lip(v) < 1.
+    Every map is undone by the iteration x ← y - h v(x), a contraction where h Lip(v) < 1; v is the mean of
+    both velocities of Heun's step.
 
     Args:
         net: the network.
@@ -116,7 +139,7 @@ def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"
 
         def iterate(inner):  # type: ignore[no-untyped-def]
             k, y, _ = inner
-            new = image - one.step_size * velocity(net, one, y)
+            new = image - one.step_size * displacement(net, one, y)
             return k + 1, new, jnp.max(jnp.abs(new - y))
 
         def unfinished(inner):  # type: ignore[no-untyped-def]
