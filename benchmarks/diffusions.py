@@ -24,6 +24,7 @@ from numpyro_sbtm.core.target import Target
 __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure", "overview"]
 
 NUM_WARMUP = 2000
+LONG_WARMUP = 3000
 NUM_PROPOSALS = 16_384
 NUM_EXACT = 4000  # exact draws that are weighed for the upper bound
 NUM_TRANSPORTED = 2000  # points of the Sinkhorn divergence
@@ -115,7 +116,14 @@ _FINE = {
 }
 """Options for a tight bound: many steps, and all of warm-up."""
 
-LONG_WARMUP = dict.fromkeys(("256 steps", "256 steps, looking ahead"), 3000)
+BOUNDS = {
+    "256 steps": partial(LogVarianceDISKernel, **_FINE),
+    "256 steps, looking ahead": partial(LogVarianceDISKernel, look_ahead=True, **_FINE),
+    "256 steps, looking ahead, refined": partial(
+        LogVarianceDISKernel, look_ahead=True, precondition="refined", **_FINE
+    ),
+}
+"""Kernels that are trained longer."""
 
 KERNELS = (
     {
@@ -124,8 +132,7 @@ KERNELS = (
         "published control": partial(DiffusionKernel, process="dis-control"),
         "single paths": partial(LogVarianceDISKernel, smc_particles=0),
         "default, looking ahead": partial(LogVarianceDISKernel, look_ahead=True),
-        "256 steps": partial(LogVarianceDISKernel, **_FINE),
-        "256 steps, looking ahead": partial(LogVarianceDISKernel, look_ahead=True, **_FINE),
+        "default, refined": partial(LogVarianceDISKernel, precondition="refined"),
     }
     | {
         f"dis, {divergence}": _plain("dis", divergence)
@@ -140,6 +147,13 @@ KERNELS = (
     | {
         f"dis, {divergence}, wide, without score": _plain("dis", divergence, scale=_WIDE, score_clip=0.0)
         for divergence in ("log-variance", "sub-trajectory-log-variance")
+    }
+    | {
+        f"{process}, log-variance, wide, clipped at {clip}": _plain(
+            process, "log-variance", scale=_WIDE, score_clip=float(clip)
+        )
+        for process in ("pis-control", "dis-euler")
+        for clip in (1, 50, 250)
     }
     | {f"dis, log-variance, {name}": _plain("dis", "log-variance", **_PIECES[name]) for name in _PIECES}
     | {f"{process}, kl": _plain(process, "kl") for process in ("dds", "dds-learned")}
@@ -208,9 +222,11 @@ def _smc(target, seed):
     return x, row | mass_errors(target, x)
 
 
-SAMPLERS = {
-    name: partial(_learned, make, LONG_WARMUP.get(name, NUM_WARMUP)) for name, make in KERNELS.items()
-} | {"nuts": _nuts, "smc": _smc}
+SAMPLERS = (
+    {name: partial(_learned, make, NUM_WARMUP) for name, make in KERNELS.items()}
+    | {name: partial(_learned, make, LONG_WARMUP) for name, make in BOUNDS.items()}
+    | {"nuts": _nuts, "smc": _smc}
+)
 
 
 def measure(name, sampler, seed):

@@ -36,9 +36,11 @@ _MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room f
 def _check_precondition(precondition: Precondition | AutoGuide) -> None:
     if precondition is None or isinstance(precondition, AutoGuide):
         return
-    if isinstance(precondition, str) and precondition == "auto":
+    if isinstance(precondition, str) and precondition in ("auto", "refined"):
         return
-    cure = "Pass 'auto', None, an AutoGuide, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
+    cure = (
+        "Pass 'auto', 'refined', None, an AutoGuide, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
+    )
     if not isinstance(precondition, tuple) or len(precondition) != 2:
         raise ValueError(f"`precondition` must describe a whitening, got {precondition!r}. {cure}")
     loc, scale_tril = (np.asarray(part) for part in precondition)

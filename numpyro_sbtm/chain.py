@@ -230,8 +230,9 @@ def learned_chain(
             drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
             return whitening, reference, kept, fraction, khat, drift, step_size, gradients
 
-        auto = isinstance(precondition, str)
-        stages = warm_start(target, jnp.asarray(problem.order)) if auto else [given]
+        stages = [given]
+        if isinstance(precondition, str):
+            stages = warm_start(target, jnp.asarray(problem.order), precondition == "refined")
         return WarmStart(*run_stages([*stages, check], key, starts, scouts))
 
     def algorithm_of(warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Algorithm:

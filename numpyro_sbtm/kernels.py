@@ -100,7 +100,8 @@ _DIFFUSION = """
         look_ahead: 'dis' also evaluates the target's score at a guess of where the path ends: twice the
             gradients, a better bound (see `numpyro_sbtm.core.process.dis`).
         patience: training ends, too, once the variance of the log weights is moderate and has not fallen by a
-            twentieth in so many steps; None: it then takes all of warm-up.
+            twentieth in so many steps; None: it then takes all of warm-up, or a quarter where the warm start
+            is nearly exact.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
         num_times: how many of the T times enter each gradient; all for 'kl'.
@@ -114,8 +115,10 @@ _COMMON = """
         target_acceptance: training ends once proposals that vary as its log weights do would be accepted with
             this probability; None: once it gains nothing more.
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
-            map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of
-            the flattened unconstrained space, sites in sorted order; an AutoGuide of the model is fitted
+            map by variational inference from several starts; 'refined' then fits it to tempered particles,
+            which move and are fitted again (up to 128 dimensions; three million gradients more), for
+            posteriors with a neck or a long tail; ``(loc, scale_tril)`` is an affine map of the flattened
+            unconstrained space, sites in sorted order; an AutoGuide of the model is fitted
             by stochastic variational inference and gives its draws' mean and covariance; None leaves the
             space as it is.
         correction: 'metropolis' makes draws by Metropolis steps, so that the chains leave the

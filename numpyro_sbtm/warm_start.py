@@ -16,6 +16,7 @@ from numpyro_sbtm.core.variational import (
     first_guesses,
     fit,
     fit_low_rank,
+    fit_points,
     likely_radius,
 )
 from numpyro_sbtm.core.whitening import (
@@ -48,6 +49,7 @@ _SMALLEST_STEP = 0.1  # step sizes of HMC vary by this factor, so that some part
 _LAST_ROUNDS = 5  # of moves at the target itself
 _MORE_ROUNDS = 15  # where particles spread
 _MAX_ROUNDS = 45  # where they spread even then; their spreading is then measured anew
+_REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC transitions under each
 
 
 def tempered_particles(
@@ -147,6 +149,48 @@ def _drift(before: Float[Array, "n d"], after: Float[Array, "n d"]) -> Float[Arr
     return jnp.maximum(jnp.max(part), 0.0)
 
 
+def _refine(
+    key: Key, target: Target, first: Whitening, particles: Float[Array, "n d"], order: Int[Array, " d"]
+) -> tuple[Whitening, Float[Array, "n d"], int]:
+    """Fit a map to the particles, move them where it whitens, and so on; ends with a map and their images.
+
+    A tail or a neck where tempering left a few particles is as wide as all else under a map that is fitted to
+    them, so that moves bring more of them there.
+    """
+    n, dim = particles.shape
+    inverse_mass_matrix, kernel = jnp.ones(dim, particles.dtype), hmc.build_kernel()
+
+    def refine(x, key):  # type: ignore[no-untyped-def]
+        key_fit, key_moves = jax.random.split(key)
+        whitening = fit_points(key_fit, x, order)
+        logdensity_fn = whiten(target, whitening).logdensity_fn
+        u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
+
+        def move(carry, key):  # type: ignore[no-untyped-def]
+            states, step_size = carry
+            key_sizes, key = jax.random.split(key)
+            sizes = step_size * _SMALLEST_STEP ** jax.random.uniform(key_sizes, (n,), x.dtype)
+            one = lambda key, state, size: kernel(  # noqa: E731
+                key, state, logdensity_fn, size, inverse_mass_matrix, _LEAPS
+            )
+            states, info = jax.vmap(one)(jax.random.split(key, n), states, sizes)
+            acceptance = jnp.mean(info.acceptance_rate)
+            return (states, step_size * jnp.exp(2.0 * (acceptance - _TARGET_ACCEPTANCE))), None
+
+        states = jax.vmap(lambda u: hmc.init(u, logdensity_fn))(u)
+        carry = states, jnp.asarray(0.5 / dim**0.25, x.dtype)
+        (states, _), _ = jax.lax.scan(move, carry, jax.random.split(key_moves, _REFINING_MOVES))
+        moved = jax.vmap(lambda u: unwhiten(whitening, u)[0])(states.position)
+        return jnp.where(jnp.all(jnp.isfinite(moved), -1, keepdims=True), moved, x), None
+
+    key_moves, key_last = jax.random.split(key)
+    x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
+    x, _ = jax.lax.scan(refine, x, jax.random.split(key_moves, _REFINEMENTS))
+    whitening = fit_points(key_last, x, order)
+    u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
+    return whitening, u, _REFINEMENTS * _REFINING_MOVES * _LEAPS * n
+
+
 def _covering(scouts: Float[Array, "m d"]) -> Mixture:
     """Cover the whitened unit ball and where scouts lie, in equal parts."""
     centre = jnp.nan_to_num(jnp.nanmedian(scouts, 0))
@@ -201,7 +245,7 @@ def _add_missing(
     return jax.lax.scan(add, carry, (keys, elbos[best_first], draws[best_first]))[0][0]
 
 
-def warm_start(target: Target, order: Int[Array, " d"]) -> list[Stage]:
+def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -> list[Stage]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -216,6 +260,8 @@ def warm_start(target: Target, order: Int[Array, " d"]) -> list[Stage]:
     Args:
         target: the density on the unconstrained space.
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
+        refined: whether the best map is one that is fitted to the particles, which move and are fitted again,
+            instead of that of variational inference; up to 128 dimensions.
 
     Returns:
         Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
@@ -239,7 +285,16 @@ def warm_start(target: Target, order: Int[Array, " d"]) -> list[Stage]:
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
         return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base)
 
-    return [guess, seek, temper, _choose]
+    def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
+        key_refine, key_mixture = jax.random.split(keys[3])
+        fitted, moved, more = _refine(key_refine, target, first, particles, order)
+        good = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((fitted, moved))]))
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+        found = found._replace(best=keep(fitted, found.best))
+        first, particles = keep((fitted, moved), (first, particles))
+        return keys.at[3].set(key_mixture), found, first, particles, log_z, gradients + more, drift
+
+    return [guess, seek, temper, *([refine] if refined else []), _choose]
 
 
 def _choose(

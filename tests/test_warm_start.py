@@ -14,7 +14,7 @@ from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.variational import _pool, first_guesses, fit
+from numpyro_sbtm.core.variational import Fit, _pool, first_guesses, fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
@@ -234,27 +234,31 @@ def ring(x):
     return -0.5 * ((jnp.linalg.norm(x) - 3.0) / 0.3) ** 2
 
 
+RING_LOG_Z = float(np.log(2 * np.pi * 3.0 * 0.3 * np.sqrt(2 * np.pi)))  # by quadrature in the radius
+SLOW = {"marks": pytest.mark.slow}
+
+
 @pytest.mark.parametrize(
-    ("density", "dim", "log_z", "least_ess"),
+    ("density", "dim", "log_z", "least_ess", "refined"),
     [
-        (narrow_and_wide, 8, 0.0, 0.3),
-        # of the ring by quadrature in the radius
-        pytest.param(
-            ring, 2, float(np.log(2 * np.pi * 3.0 * 0.3 * np.sqrt(2 * np.pi))), 0.5, marks=pytest.mark.slow
-        ),
+        pytest.param(narrow_and_wide, 8, 0.0, 0.3, False, id="narrow"),
+        pytest.param(narrow_and_wide, 8, 0.0, 0.3, True, id="narrow, refined", **SLOW),
+        pytest.param(ring, 2, RING_LOG_Z, 0.5, False, id="ring", **SLOW),
+        pytest.param(ring, 2, RING_LOG_Z, 0.5, True, id="ring, refined", **SLOW),
         # 4,096 modes
-        pytest.param(lambda x: -jnp.sum((x**2 - 4.0) ** 2), 12, 12 * -0.10821, 0.5, marks=pytest.mark.slow),
-        pytest.param(correlated().logdensity_fn, 2, 0.0, 0.95, marks=pytest.mark.slow),
+        pytest.param(
+            lambda x: -jnp.sum((x**2 - 4.0) ** 2), 12, 12 * -0.10821, 0.5, False, id="wells", **SLOW
+        ),
+        pytest.param(correlated().logdensity_fn, 2, 0.0, 0.95, False, id="normal", **SLOW),
     ],
-    ids=["narrow", "ring", "wells", "normal"],
 )
-def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess):
+def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess, refined):
     target = Target(density, dim)
     scouts = 4.0 * jax.random.normal(jax.random.key(0), (128, dim))
 
     @jax.jit
     def weights(key):
-        stages = warm_start(target, jnp.arange(dim))
+        stages = warm_start(target, jnp.arange(dim), refined)
         whitening, mixture, particles, *_ = run_stages(stages, key, scouts[:8], scouts)
         white = whiten(target, whitening)
         u = jax.vmap(mixture.sample)(jax.random.split(key, 8000))
@@ -266,6 +270,52 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess):
     assert float(ess_fraction(log_weight)) > least_ess
     assert_within(found, log_z, se + 1e-4)
     assert jnp.all(jnp.isfinite(particles))
+
+
+@pytest.mark.slow
+def test_refinement_reaches_into_a_neck():
+    """e^x of a Gamma(1/2, 1) law and two normal coordinates of that deviation; 5.6 % lie where x < -6."""
+
+    def density(x):
+        inner = -0.5 * jnp.sum(x[1:] ** 2) * jnp.exp(-2.0 * x[0])
+        return inner - 1.5 * x[0] - jnp.exp(x[0]) - 0.5 * np.log(np.pi) - np.log(2.0 * np.pi)
+
+    target = Target(density, 3)
+    scouts = 2.0 * jax.random.normal(jax.random.key(0), (64, 3))
+    rng = np.random.default_rng(0)
+    scale = rng.gamma(0.5, size=4000)
+    exact = jnp.asarray(np.c_[np.log(scale), scale[:, None] * rng.normal(size=(4000, 2))])
+
+    def ended(refined):
+        stages = warm_start(target, jnp.arange(3), refined)
+        whitening, mixture, particles, gradients, *_ = run_stages(
+            stages, jax.random.key(1), scouts[:8], scouts
+        )
+        x = jax.vmap(lambda u: unwhiten(whitening, u)[0])(particles)
+        u, log_det = jax.vmap(lambda x: invert(whitening, x))(exact)
+        log_ratio = jax.vmap(density)(exact) - jax.vmap(mixture.log_prob)(u) + log_det
+        assert jnp.all(jnp.isfinite(particles))
+        return float(jnp.mean(x[:, 0] < -6.0)), float(jnp.mean(log_ratio)), int(gradients)
+
+    (share, divergence, gradients), (refined, nearer, more) = ended(False), ended(True)
+    assert abs(refined - 0.056) < 0.015 < abs(share - 0.056)
+    assert nearer < 0.3 < 1.0 < divergence
+    assert more - gradients == 2 * 45 * 8 * 4096
+
+
+@pytest.mark.slow
+def test_particles_that_are_not_finite_leave_the_map_as_it_is():
+    target, flat = gaussian(np.zeros(2), np.eye(2)), affine(jnp.ones(2), jnp.eye(2))
+    found = Fit(flat, flat, jnp.zeros((), bool), jnp.zeros(1), jnp.zeros((1, 8, 2)), jnp.zeros((), jnp.int32))
+    refine = jax.jit(warm_start(target, jnp.arange(2), refined=True)[3])
+    keys, zero = jax.random.split(jax.random.key(0), 5), jnp.zeros((), jnp.int32)
+
+    def refined(particles):
+        return refine(keys, found, flat, particles, jnp.zeros(()), zero, jnp.zeros(()))[1].best.loc
+
+    particles = jax.random.normal(jax.random.key(1), (500, 2))
+    assert jnp.all(jnp.abs(refined(particles)) < 0.3)  # under the first map they lie around one: they move
+    np.testing.assert_array_equal(refined(particles.at[3].set(jnp.nan)), flat.loc)
 
 
 def factor_model(dim=200, rank=2):
@@ -336,3 +386,17 @@ def test_label_switching_is_mixed_and_its_evidence_right(kernel):
     mu = np.asarray(mcmc.get_samples()["mu"])
     assert abs(np.mean(mu[:, 0] < mu[:, 1]) - 0.5) < 0.03
     assert_within(found.log_evidence, problem.log_evidence, found.log_evidence_se + 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [LogVarianceDISKernel, SBTMKernel])
+def test_a_refined_warm_start_serves_both_kernels(kernel):
+    problem = PROBLEMS["eight schools, centred"]()
+    warmup = {LogVarianceDISKernel: 500, SBTMKernel: 300}[kernel]
+    mcmc = run_chains(kernel(problem.model, precondition="refined"), *problem.args, warmup=warmup)
+    found = report(mcmc)
+    assert found.verdict != "unreliable" and found.max_rhat < 1.02, str(found)
+    assert "nothing looked for modes" not in str(found)
+    assert_within(found.log_evidence, problem.log_evidence, found.log_evidence_se + 1e-2)
+    draws = problem.features(mcmc.get_samples(group_by_chain=True))
+    np.testing.assert_allclose((draws.mean((0, 1)) - problem.mean) / problem.sd, 0.0, atol=0.1)
