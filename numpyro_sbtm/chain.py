@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Precondition = str | tuple[Any, Any] | None
-"""'auto', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
+"""'auto', 'refined', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
 
 
 _NUM_CHECKED = 1024  # draws that judge the warm start

@@ -8,6 +8,7 @@ from blackjax.mcmc import hmc
 from blackjax.smc import adaptive_tempered
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.likelihood import fit_points
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.variational import (
@@ -16,7 +17,6 @@ from numpyro_sbtm.core.variational import (
     first_guesses,
     fit,
     fit_low_rank,
-    fit_points,
     likely_radius,
 )
 from numpyro_sbtm.core.whitening import (
@@ -34,7 +34,7 @@ from numpyro_sbtm.stages import Stage
 __all__ = ["tempered_particles", "warm_start"]
 
 _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
-_BEST, _FULL, _DIAGONAL = range(3)  # the maps: by variational inference; affine, of the particles
+_BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
 _FAR = 20.0  # bound on where scouts lie, in whitened units
 _NUM_PARTICLES = 4096
@@ -91,8 +91,7 @@ def tempered_particles(
     dim = target.dim
 
     def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:
-        value = target.logdensity_fn(x) - base.log_prob(x)
-        return jnp.where(jnp.isfinite(value), value, -1e30)
+        return _or_very_low(target.logdensity_fn(x) - base.log_prob(x))
 
     key_start, key_loop, key_steps = jax.random.split(key, 3)
     particles = jax.vmap(base.sample)(jax.random.split(key_start, num_particles))
@@ -136,6 +135,11 @@ def tempered_particles(
     return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS), drift
 
 
+def _or_very_low(value: Float[Array, ""]) -> Float[Array, ""]:
+    """Put a very low log density in the place of one that is not finite."""
+    return jnp.where(jnp.isfinite(value), value, -1e30)
+
+
 def _drift(before: Float[Array, "n d"], after: Float[Array, "n d"]) -> Float[Array, ""]:
     """Bound from below by what part the variance of a coordinate has changed between positions of particles.
 
@@ -151,22 +155,25 @@ def _drift(before: Float[Array, "n d"], after: Float[Array, "n d"]) -> Float[Arr
 
 def _refine(
     key: Key, target: Target, first: Whitening, particles: Float[Array, "n d"], order: Int[Array, " d"]
-) -> tuple[Whitening, Float[Array, "n d"], int]:
-    """Fit a map to the particles, move them where it whitens, and so on; ends with a map and their images.
+) -> tuple[Whitening, Float[Array, "n d"], Float[Array, ""]]:
+    """Fit a map to the particles, move them where it whitens, and so on.
 
     A tail or a neck where tempering left a few particles is as wide as all else under a map that is fitted to
     them, so that moves bring more of them there.
+
+    Returns:
+        Two maps, stacked: of the first half of the particles, for comparing on the other half, and of all;
+        the particles, where ``first`` whitens; and what `_drift` says of the last moves.
     """
     n, dim = particles.shape
     inverse_mass_matrix, kernel = jnp.ones(dim, particles.dtype), hmc.build_kernel()
 
-    def refine(x, key):  # type: ignore[no-untyped-def]
-        key_fit, key_moves = jax.random.split(key)
-        whitening = fit_points(key_fit, x, order)
-        logdensity_fn = whiten(target, whitening).logdensity_fn
+    def moved(key: Key, whitening: Whitening, x: Float[Array, "n d"]):  # type: ignore[no-untyped-def]
+        white = whiten(target, whitening)
+        logdensity_fn = lambda u: _or_very_low(white.logdensity_fn(u))  # noqa: E731
         u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
 
-        def move(carry, key):  # type: ignore[no-untyped-def]
+        def move(carry, key: Key):  # type: ignore[no-untyped-def]
             states, step_size = carry
             key_sizes, key = jax.random.split(key)
             sizes = step_size * _SMALLEST_STEP ** jax.random.uniform(key_sizes, (n,), x.dtype)
@@ -179,16 +186,24 @@ def _refine(
 
         states = jax.vmap(lambda u: hmc.init(u, logdensity_fn))(u)
         carry = states, jnp.asarray(0.5 / dim**0.25, x.dtype)
-        (states, _), _ = jax.lax.scan(move, carry, jax.random.split(key_moves, _REFINING_MOVES))
-        moved = jax.vmap(lambda u: unwhiten(whitening, u)[0])(states.position)
-        return jnp.where(jnp.all(jnp.isfinite(moved), -1, keepdims=True), moved, x), None
+        (states, _), _ = jax.lax.scan(move, carry, jax.random.split(key, _REFINING_MOVES))
+        end = jax.vmap(lambda u: unwhiten(whitening, u)[0])(states.position)
+        return end, _drift(u, states.position).astype(x.dtype)
 
-    key_moves, key_last = jax.random.split(key)
+    def refine(carry, inputs):  # type: ignore[no-untyped-def]
+        k, key = inputs
+        x, drift = carry
+        key_fit, key_moves = jax.random.split(key)
+        half = jnp.resize(x[: n // 2], x.shape)
+        whitening = fit_points(key_fit, jnp.where(k == _REFINEMENTS, half, x), order)
+        carry = jax.lax.cond(k < _REFINEMENTS, lambda: moved(key_moves, whitening, x), lambda: (x, drift))
+        return carry, whitening
+
     x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
-    x, _ = jax.lax.scan(refine, x, jax.random.split(key_moves, _REFINEMENTS))
-    whitening = fit_points(key_last, x, order)
-    u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
-    return whitening, u, _REFINEMENTS * _REFINING_MOVES * _LEAPS * n
+    rounds = jnp.arange(_REFINEMENTS + 2), jax.random.split(key, _REFINEMENTS + 2)
+    (x, drift), whitenings = jax.lax.scan(refine, (x, jnp.zeros((), x.dtype)), rounds)
+    particles = jax.vmap(lambda y: invert(first, y)[0])(x)
+    return jax.tree.map(lambda leaf: leaf[_REFINEMENTS:], whitenings), particles, drift
 
 
 def _covering(scouts: Float[Array, "m d"]) -> Mixture:
@@ -260,8 +275,9 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
     Args:
         target: the density on the unconstrained space.
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
-        refined: whether the best map is one that is fitted to the particles, which move and are fitted again,
-            instead of that of variational inference; up to 128 dimensions.
+        refined: whether a map is fitted to the particles, which move under it and are fitted again; that map
+            then has the preference. Up to 128 dimensions. If a particle does not stay finite, all are as
+            they were before. A missing mode is put in afterwards, so that the map does not know of it.
 
     Returns:
         Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
@@ -270,8 +286,16 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
         shape ``[n, d]``; the number of target gradients spent, without those of the climbs, which are few;
         the particles' drift (see `tempered_particles`); and a random key for what comes next.
+
+    Raises:
+        ValueError: for ``refined`` above 128 dimensions.
     """
     if target.dim > _DENSE:
+        if refined:
+            raise ValueError(
+                f"`precondition` 'refined' fits matrices to particles, up to {_DENSE} dimensions, got "
+                f"{target.dim}. Pass 'auto'."
+            )
         return _wide_warm_start(target)
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
@@ -287,12 +311,12 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
 
     def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
         key_refine, key_mixture = jax.random.split(keys[3])
-        fitted, moved, more = _refine(key_refine, target, first, particles, order)
-        good = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((fitted, moved))]))
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
-        found = found._replace(best=keep(fitted, found.best))
-        first, particles = keep((fitted, moved), (first, particles))
-        return keys.at[3].set(key_mixture), found, first, particles, log_z, gradients + more, drift
+        fitted, moved, spreading = _refine(key_refine, target, first, particles, order)
+        good = jnp.all(jnp.isfinite(moved))
+        particles = jnp.where(good, moved, particles)
+        drift = jnp.where(good & jnp.isfinite(drift), spreading, drift)
+        gradients += _REFINEMENTS * _REFINING_MOVES * _LEAPS * len(particles)
+        return keys.at[3].set(key_mixture), found, first, particles, log_z, gradients, drift, fitted
 
     return [guess, seek, temper, *([refine] if refined else []), _choose]
 
@@ -305,8 +329,12 @@ def _choose(
     log_z: Float[Array, ""],
     gradients: Int[Array, ""],
     drift: Float[Array, ""],
+    fitted: Whitening | None = None,
 ) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""], Float[Array, ""], Key]:
-    """Choose the map and the mixture, from what was found and the particles that ``first`` whitens."""
+    """Choose the map and the mixture, from what was found and the particles that ``first`` whitens.
+
+    ``fitted`` are two maps, stacked: of the first half of the particles, which is compared, and of all.
+    """
     n, dim = particles.shape
     size = max_components(n, dim)
     own = jax.vmap(lambda x: invert(first, x)[0])(found.draws.reshape(-1, dim)).reshape(found.draws.shape)
@@ -314,16 +342,23 @@ def _choose(
     x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
 
     sizes = sorted({2} | {size >> shift for shift in range(size.bit_length() - 1)})
-    rows = [(_BEST, _PLAIN), (_FULL, _PLAIN), (_BEST, _MARGINS), (_DIAGONAL, _MARGINS)]
-    rows += [(which, num) for which in (_BEST, _FULL) for num in sizes if 1 < num <= size]
-    which, kinds = (jnp.array(column) for column in zip(*rows, strict=True))
     flat, diagonal = _affine_maps(x, found.best.order)
-    whitenings = jax.tree.map(lambda *leaves: jnp.stack(leaves), found.best, flat, diagonal)
+    maps, bases = [found.best, flat, diagonal], [_BEST, _FULL]
+    if fitted is not None:
+        maps += [jax.tree.map(lambda leaf, k=k: leaf[k], fitted) for k in range(2)]
+        bases = [_FITTED, *bases]
+    whitenings = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)
+    rows = [(base, _PLAIN) for base in bases] + [(_BEST, _MARGINS), (_DIAGONAL, _MARGINS)]
+    rows += [(base, num) for base in bases for num in sizes if 1 < num <= size]
+    which, kinds = (jnp.array(column) for column in zip(*rows, strict=True))
     train = (jnp.arange(n) < n // 2).astype(x.dtype)
     blank, plain = identity_margins(x[0]), _padded_normal(x[0], size)
 
-    def attempt(row: Int[Array, ""], weight: Float[Array, " n"]) -> tuple[Whitening, Mixture]:
-        whitening = jax.tree.map(lambda leaf: leaf[which[row]], whitenings)
+    def attempt(
+        row: Int[Array, ""], weight: Float[Array, " n"], last: Bool[Array, ""]
+    ) -> tuple[Whitening, Mixture]:
+        number = which[row] + (last & (which[row] == _FITTED))
+        whitening = jax.tree.map(lambda leaf: leaf[number], whitenings)
         kind = kinds[row]
         u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
         margins = jax.lax.cond(kind == _MARGINS, lambda: fit_margins(u, weight), lambda: blank)
@@ -337,13 +372,13 @@ def _choose(
         scores, *_ = carry
         last = k == len(rows)
         row = jnp.where(last, jnp.argmax(scores), k)
-        whitening, mixture = attempt(row, jnp.where(last, 1.0, train))
+        whitening, mixture = attempt(row, jnp.where(last, 1.0, train), last)
         u, log_det = jax.vmap(lambda y: invert(whitening, y))(x)
         score = (1.0 - train) @ (jax.vmap(mixture.log_prob)(u) - log_det) / (n - n // 2)
         score = jnp.where(jnp.isfinite(score), score, -jnp.inf) + jnp.where(row == 0, _TIE, 0.0)
         return (scores.at[row].set(score), whitening, mixture, u), None
 
-    blanks = jax.eval_shape(attempt, which[0], train)
+    blanks = jax.eval_shape(attempt, which[0], train, jnp.zeros((), bool))
     blanks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blanks)
     carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))

@@ -10,6 +10,7 @@ from helpers import assert_within, correlated, two_modes
 
 from numpyro_sbtm import SBTMKernel
 from numpyro_sbtm.core import Net, sbtm, simulate
+from numpyro_sbtm.core.anneal import geometric
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push
 from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
 from numpyro_sbtm.core.target import Target
@@ -191,9 +192,22 @@ def test_heun_maps_are_exact_and_counted():
     found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x[:100])
     np.testing.assert_allclose(found, draws.log_weight[:100], rtol=1e-9, atol=1e-9)
     assert info.gradients == 2 * (512 + 1024)
-    broken = state._replace(scores=jnp.full_like(state.scores, jnp.nan), step=jnp.zeros((), jnp.int32))
+    # a step that is due for a map, from a network that is not finite: both of its fits are skipped
+    lost = jnp.full_like(state.current.params, jnp.nan)
+    broken = state._replace(current=state.current._replace(params=lost), step=jnp.ones((), jnp.int32))
     after, info = jax.jit(algorithm.step)(jax.random.key(0), broken)
-    assert info.skipped == 4 and after.step == 1
+    assert info.skipped == 8 and after.step == 2
+    np.testing.assert_array_equal(after.particles, state.particles)
+
+
+def test_heun_maps_stay_one_to_one_where_the_second_velocity_is_steep():
+    """At level zero the first velocity vanishes, and the second one is that of a narrow law."""
+    narrow = gaussian(np.zeros(2), 0.01 * np.eye(2))
+    algorithm, state, _ = trained(narrow, 10, num_maps=10, steps_per_map=1, annealing=geometric(), heun=True)
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(3), state, 200)
+    assert bool(jnp.all(draws.one_to_one))
+    found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x)
+    np.testing.assert_allclose(found, draws.log_weight, rtol=1e-6, atol=1e-6)
 
 
 def test_steps_after_the_last_map_change_nothing():

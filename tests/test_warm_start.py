@@ -12,6 +12,7 @@ from scipy.stats import multivariate_normal
 
 from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.core.likelihood import fit_points
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.variational import Fit, _pool, first_guesses, fit
@@ -304,18 +305,39 @@ def test_refinement_reaches_into_a_neck():
 
 
 @pytest.mark.slow
-def test_particles_that_are_not_finite_leave_the_map_as_it_is():
+def test_a_fitted_map_knows_of_scales_and_fits_no_noise():
+    """Scales from 1e-5 to 1 in four dimensions, and twenty independent coordinates: KL from fresh draws."""
+    for scale in (np.array([1.0, 1e-5, 1.0, 0.1]), np.ones(20)):
+        dim = len(scale)
+        points, fresh = (scale * np.random.default_rng(k).normal(size=(4096, dim)) for k in range(2))
+        whitening = jax.jit(fit_points)(jax.random.key(0), jnp.asarray(points), jnp.arange(dim))
+        u, log_det = jax.vmap(invert, in_axes=(None, 0))(whitening, jnp.asarray(fresh))
+        excess = 0.5 * jnp.sum(u**2, -1) + log_det - 0.5 * jnp.sum((fresh / scale) ** 2, -1)
+        assert 0.0 < float(jnp.mean(excess)) - np.log(scale).sum() < 0.05
+
+
+@pytest.mark.slow
+def test_refinement_leaves_particles_that_do_not_stay_finite():
     target, flat = gaussian(np.zeros(2), np.eye(2)), affine(jnp.ones(2), jnp.eye(2))
     found = Fit(flat, flat, jnp.zeros((), bool), jnp.zeros(1), jnp.zeros((1, 8, 2)), jnp.zeros((), jnp.int32))
     refine = jax.jit(warm_start(target, jnp.arange(2), refined=True)[3])
     keys, zero = jax.random.split(jax.random.key(0), 5), jnp.zeros((), jnp.int32)
 
     def refined(particles):
-        return refine(keys, found, flat, particles, jnp.zeros(()), zero, jnp.zeros(()))[1].best.loc
+        values = refine(keys, found, flat, particles, jnp.zeros(()), zero, jnp.zeros(()))
+        return values[3], values[-1].loc[1]
 
+    # under the first map they lie around one, and the target around zero: they move
     particles = jax.random.normal(jax.random.key(1), (500, 2))
-    assert jnp.all(jnp.abs(refined(particles)) < 0.3)  # under the first map they lie around one: they move
-    np.testing.assert_array_equal(refined(particles.at[3].set(jnp.nan)), flat.loc)
+    moved, loc = refined(particles)
+    assert jnp.all(jnp.abs(jnp.mean(moved, 0) + 1.0) < 0.3) and jnp.all(jnp.abs(loc) < 0.3)
+    broken = particles.at[3].set(jnp.nan)
+    np.testing.assert_array_equal(refined(broken)[0], broken)
+
+
+def test_refinement_needs_few_enough_dimensions():
+    with pytest.raises(ValueError, match="up to 128 dimensions, got 129"):
+        warm_start(gaussian(np.zeros(129), np.eye(129)), jnp.arange(129), refined=True)
 
 
 def factor_model(dim=200, rank=2):

@@ -32,7 +32,8 @@ class Maps(NamedTuple):
         drift: b, shape ``[K, d]``.
         slope: W, shape ``[K, d, d]``.
         step_size: h, shape ``[K]``; zero for a map not made yet, which is then the identity.
-        second: v₂ of Heun's step x ↦ x + ½h (v(x) + v₂(x + h v(x))), without a step size; None for Euler's.
+        second: v₂ of Heun's step x ↦ x + ½h (v(x) + v₂(x + h₂ v(x))), whose ``step_size`` is h₂, that of the
+            Euler step under which v₂ was learned; None for Euler's steps.
     """
 
     params: Params
@@ -69,7 +70,7 @@ def displacement(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d
     first = velocity(net, one, x)
     if one.second is None:
         return first
-    return 0.5 * (first + velocity(net, one.second, x + one.step_size * first))
+    return 0.5 * (first + velocity(net, one.second, x + one.second.step_size * first))
 
 
 def push(

@@ -8,6 +8,7 @@ trained on, the density after the last map is known exactly. Where its determina
 follow the same velocities with noise, and the weights of their paths are exact (`noisy_transport`).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.quasi import quasi_normal, standardised
 from numpyro_sbtm.core.score import divergence_of
 from numpyro_sbtm.core.smc import independent_ensemble, path_draws
-from numpyro_sbtm.core.target import Key, Target, value_and_score
+from numpyro_sbtm.core.target import Key, Target, VectorField, value_and_score
 from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
 from numpyro_sbtm.core.transport import euler_map, spectral_norm
 
@@ -142,14 +143,16 @@ def sbtm(
         batch_size: particles per update.
         duration: total time of the flow; the time step is ``duration / num_maps`` or less.
         base: the first law, wider than the target; None for N(0, I).
-        max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one.
+        max_stretch: bound on h Lip(v), estimated on particles, that shortens steps; below one. With ``heun``
+            also on that of both velocities' mean.
         tolerance: error that a step may make, ½ h² |dv/dt| in root mean square over the particles and in
             their deviations, from the last two velocities. Steps are then as long as that allows, at most
             twice the last one, and end with ``duration``, or after ``num_maps`` of them. None: steps of
             ``duration / num_maps``.
         heun: whether a second velocity is learned where every step would end, and steps follow the mean of
-            both: errors of the path are then of second order in the step, for twice the gradients, updates
-            and evaluations. Not with noise.
+            both: errors of the path are then of second order in the step, for twice the gradients and
+            evaluations and the updates of one more step. A ``tolerance`` bounds the error of the first half
+            alone. Not with noise.
         noisy: draw paths with noise instead of points of the flow. The noise is chosen at the end of
             training, by the variance of the weights.
         goal: training is finished once the variance of those points' log weights is below this (see
@@ -352,7 +355,7 @@ def sbtm(
             key, jnp.zeros((), bool), second, state.opt_state, points, held_out
         )
         trained = state._replace(current=state.current._replace(params=params), opt_state=opt_state)
-        second = learning.trim(second._replace(params=params), held_out)
+        second = learning.trim(second._replace(params=params, step_size=used.step_size), held_out)
         return used._replace(second=precondition(second) if preconditioned else second), trained, skipped
 
     def move(key: Key, state: SBTMState) -> tuple[SBTMState, Int[Array, ""]]:
@@ -362,18 +365,24 @@ def sbtm(
         def field(x: Float[Array, " d"]) -> Float[Array, " d"]:
             return velocity(net, used, x)
 
-        probed = state.particles[:: max(1, num_particles // _PROBED)][:_PROBED]
-        lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(field)(x)))(probed))
+        def one_to_one(field: VectorField) -> Float[Array, ""]:
+            """The longest step with which the field is bound to make a map that is one-to-one."""
+            probed = state.particles[:: max(1, num_particles // _PROBED)][:_PROBED]
+            lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(field)(x)))(probed))
+            return max_stretch / jnp.maximum(lipschitz, 1e-12)
+
         velocities = jax.vmap(field)(state.particles)
-        longest = accurate(state, used, velocities)
-        step_size = jnp.minimum(longest, max_stretch / jnp.maximum(lipschitz, 1e-12))
+        step_size = jnp.minimum(accurate(state, used, velocities), one_to_one(field))
         made = used._replace(step_size=step_size.astype(used.mean.dtype))
         k = state.step // steps_per_map
         level = level_after(state, jnp.sum(state.maps.step_size) + step_size)
         before, skipped = state, jnp.zeros((), jnp.int32)
         if heun:
             made, state, skipped = corrected(key, state, made, level)
-            particles = jax.vmap(lambda x: x + step_size * displacement(net, made, x))(state.particles)
+            both = partial(displacement, net, made)
+            step_size = jnp.minimum(step_size, one_to_one(both)).astype(made.step_size.dtype)
+            made = made._replace(step_size=step_size)
+            particles = jax.vmap(lambda x: x + step_size * both(x))(state.particles)
         else:
             particles = state.particles + step_size * velocities
         maps = jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.maps, made)
@@ -393,7 +402,8 @@ def sbtm(
             probes, change, _ = jax.vmap(lambda x: euler_map(move_by, step_size, x))(state.probes)
             scores, probe_scores, target_scores, log_target = look(level, particles, probes)
             log_q = state.probe_log_q - change
-            slopes = jax.vmap(lambda x: divergence_of(field, x, None))(state.probes)  # Euler has these
+            # for an Euler step these Jacobians are those of the map
+            slopes = jax.vmap(lambda x: divergence_of(field, x, None))(state.probes)
         against = jax.vmap(lambda x: velocity(net, plain, x))(state.probes) if preconditioned else None
         now = dissipation(jax.vmap(field)(state.probes), slopes, state.target_scores, against)
         current = affine_part(Cloud(particles, scores), state.current.params)
@@ -441,7 +451,7 @@ def sbtm(
         return state._replace(noise=noises[jnp.argmin(jax.lax.map(variance, noises))])
 
     def step(key: Key, state: SBTMState) -> tuple[SBTMState, Info]:
-        key_train, key_move, key_noise = jax.random.split(key, 3) if noisy else (key, key, key)
+        key_train, key_move, key_noise = jax.random.split(key, 3) if noisy or heun else (key, key, key)
         before = complete(state)
 
         def work(state: SBTMState) -> tuple[SBTMState, Info]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variational inference over whitening maps, from several starts, and their maximum likelihood for points."""
+"""Variational inference over whitening maps, from several starts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +13,14 @@ from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, triangular, unwhiten
 
 __all__ = [
+    "TRIANGULAR",
+    "Family",
     "Fit",
+    "Shape",
     "diagonal_guesses",
     "first_guesses",
     "fit",
     "fit_low_rank",
-    "fit_points",
     "likely_radius",
 ]
 
@@ -33,7 +35,6 @@ _NARROW = 0.1  # deviations with which a fit without correlations begins at a mo
 _CHUNK = 250  # steps between looks at the ELBOs
 _DECAY_CHUNKS = 3  # over which the step size decays
 _MAX_STEADY_CHUNKS = 8
-_LIKELY_STEPS, _LIKELY_BATCH, _LIKELY_RATE = 800, 512, 0.01  # of maximum likelihood: updates, points of each
 _RISING = 0.05  # nats by which the best ELBO rises in a chunk while it is worth going on
 
 
@@ -91,7 +92,7 @@ def _laplace(logdensity_fn: LogDensity, mode: Float[Array, " d"]) -> Float[Array
     return (upper * jnp.where(jnp.diagonal(upper) < 0, -1.0, 1.0)[:, None]).T
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The free parameters of the fit, relative to a first guess; zero is nearly the first guess."""
 
     loc: Float[Array, " d"]
@@ -105,7 +106,7 @@ class _Shape(NamedTuple):
     tail: Float[Array, " d"]
 
 
-def _whitening(guess: Whitening, shape: _Shape) -> Whitening:
+def _whitening(guess: Whitening, shape: Shape) -> Whitening:
     tril = jnp.tril(shape.scale, -1) + jnp.diag(jnp.exp(shape.log_diagonal))
     return Whitening(
         guess.order,
@@ -120,7 +121,7 @@ def _whitening(guess: Whitening, shape: _Shape) -> Whitening:
     )
 
 
-class _Family(NamedTuple):
+class Family(NamedTuple):
     """A family of maps around a first guess.
 
     Attributes:
@@ -134,12 +135,12 @@ class _Family(NamedTuple):
     push: Callable[[Any, Float[Array, " d"]], tuple[Float[Array, " d"], Float[Array, ""]]]
 
 
-def _blank_shape(guess: Whitening) -> _Shape:
+def _blank_shape(guess: Whitening) -> Shape:
     vector, matrix = jnp.zeros_like(guess.loc), jnp.zeros_like(guess.scale_tril)
-    return _Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
+    return Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
 
 
-_TRIANGULAR = _Family(_blank_shape, _whitening, triangular)
+TRIANGULAR = Family(_blank_shape, _whitening, triangular)
 
 
 def _low_rank(
@@ -153,7 +154,7 @@ def _low_rank(
     )
 
 
-_LOW_RANK = _Family(
+_LOW_RANK = Family(
     lambda guess: (jnp.zeros_like(guess.loc), jnp.zeros_like(guess.loc), jnp.zeros_like(guess.gain)),
     _low_rank,
     unwhiten,
@@ -161,7 +162,7 @@ _LOW_RANK = _Family(
 
 
 def _maximise_elbos(
-    key: Key, logdensity_fn: LogDensity, family: _Family, guesses: Any, num_draws: int, num_test: int
+    key: Key, logdensity_fn: LogDensity, family: Family, guesses: Any, num_draws: int, num_test: int
 ) -> tuple[Any, Float[Array, " f"], Float[Array, "f t d"], Int[Array, ""]]:
     """Improve several first guesses by stochastic variational inference, side by side.
 
@@ -381,7 +382,7 @@ def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 16) ->
     """
     logdensity_fn = _sorted_density(target, guesses.order[0])
     num_test = _TEST_STEPS * num_draws // 2
-    return _pool(*_maximise_elbos(key, logdensity_fn, _TRIANGULAR, guesses, num_draws, num_test))
+    return _pool(*_maximise_elbos(key, logdensity_fn, TRIANGULAR, guesses, num_draws, num_test))
 
 
 def fit_low_rank(
@@ -402,60 +403,6 @@ def fit_low_rank(
         key, target.logdensity_fn, _LOW_RANK, guesses, num_draws, num_draws
     )
     return jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits), gradients
-
-
-def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -> Whitening:
-    """Fit a whitening to points by maximum likelihood, from the affine map of their mean and covariance.
-
-    It covers all that the points do, tails and necks as well, where variational inference cuts off what does
-    not suit its family. It needs several thousand points: their number must be well above that of its free
-    parameters, 3/2 d².
-
-    Args:
-        key: random key.
-        points: shape ``[n, d]``.
-        order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
-
-    Returns:
-        The map. No target gradients are spent.
-
-    Reference:
-        Parno & Marzouk (2018), Transport map accelerated Markov chain Monte Carlo: maps fitted to samples,
-        and moves under them.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.core.variational import fit_points
-        >>> from numpyro_sbtm.core.whitening import invert
-        >>> z = jax.random.normal(jax.random.key(0), (2000, 2))
-        >>> funnel = jnp.stack([z[:, 0], jnp.exp(z[:, 0]) * z[:, 1]], 1)
-        >>> fitted = fit_points(jax.random.key(1), funnel, jnp.arange(2))
-        >>> u = jax.vmap(lambda x: invert(fitted, x)[0])(funnel)
-        >>> bool(jnp.max(jnp.abs(u)) < 6.0), bool(jnp.max(jnp.abs(funnel[:, 1] / funnel[:, 1].std())) > 6.0)
-        (True, True)
-    """
-    n, dim = points.shape
-    sorted_points = points[:, order]
-    cov = _regular(jnp.cov(sorted_points.T).reshape(dim, dim))
-    guess = affine(jnp.mean(sorted_points, 0), jnp.linalg.cholesky(cov), order)
-    schedule = optax.cosine_decay_schedule(_LIKELY_RATE, _LIKELY_STEPS)
-    adam = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
-    optimiser = optax.apply_if_finite(adam, _LIKELY_STEPS)
-
-    def loss(shape: _Shape, batch: Float[Array, "b d"]) -> Float[Array, ""]:
-        u, log_det = jax.vmap(lambda x: invert(_whitening(guess, shape), x))(batch)
-        return jnp.mean(0.5 * jnp.sum(u * u, -1) + log_det)
-
-    def update(carry, key: Key):  # type: ignore[no-untyped-def]
-        shape, opt_state = carry
-        batch = points[jax.random.randint(key, (min(n, _LIKELY_BATCH),), 0, n)]
-        updates, opt_state = optimiser.update(jax.grad(loss)(shape, batch), opt_state, shape)
-        return (optax.apply_updates(shape, updates), opt_state), None
-
-    first = _blank_shape(guess)
-    keys = jax.random.split(key, _LIKELY_STEPS)
-    (shape, _), _ = jax.lax.scan(update, (first, optimiser.init(first)), keys)
-    return _whitening(guess, shape)
 
 
 def diagonal_guesses(target: Target, starts: Float[Array, "s d"]) -> LowRank:
