@@ -158,6 +158,7 @@ class LearnedKernel(MCMCKernel):
         self._forward_mode = forward_mode_differentiation
         self._init_strategy = init_strategy
         self._ensemble = False
+        self._shortens = True  # training, where the warm start is near exact
         self._forget()
 
     def _forget(self) -> None:
@@ -408,6 +409,7 @@ class LearnedKernel(MCMCKernel):
             model_args,
             model_kwargs,
             num_warmup=num_warmup,
+            shorten=self._shortens,
             chains=chains,
             precondition=precondition,
             corrected=self._correction is not None,

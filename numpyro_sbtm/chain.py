@@ -160,6 +160,7 @@ def learned_chain(
     model_kwargs: dict[str, Any],
     *,
     num_warmup: int,
+    shorten: bool,
     chains: tuple[int, ...],
     precondition: Precondition,
     corrected: bool,
@@ -177,6 +178,7 @@ def learned_chain(
         model_args: positional arguments of the model, for ``init``.
         model_kwargs: keyword arguments of the model, for ``init``.
         num_warmup: training steps.
+        shorten: whether a part of them is enough where the warm start is near exact.
         chains: ``()`` for one chain without a chain axis, ``(C,)`` for C chains on one sampler.
         precondition: how to whiten.
         corrected: whether a Metropolis step corrects the proposals.
@@ -244,7 +246,8 @@ def learned_chain(
         def work(training: Training) -> Training:
             trained, info = algorithm_of(training.warm, args, kwargs).step(key_step, training.algorithm)
             num_steps = training.num_steps + 1
-            enough = training.warm.near_exact() & (num_steps >= num_warmup // _SHORTER)
+            least = num_warmup // _SHORTER if shorten else num_warmup
+            enough = training.warm.near_exact() & (num_steps >= least)
             return training._replace(
                 algorithm=trained,
                 finished=info.finished | enough,

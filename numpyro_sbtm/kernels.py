@@ -100,8 +100,8 @@ _DIFFUSION = """
         look_ahead: 'dis' also evaluates the target's score at a guess of where the path ends: twice the
             gradients, a better bound (see `numpyro_sbtm.core.process.dis`).
         patience: training ends, too, once the variance of the log weights is moderate and has not fallen by a
-            twentieth in so many steps; None: it then takes all of warm-up, or a quarter where the warm start
-            is nearly exact.
+            twentieth in so many steps; None: it then takes all of warm-up, also where the warm start is
+            nearly exact.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
         num_times: how many of the T times enter each gradient; all for 'kl'.
@@ -265,6 +265,7 @@ class DiffusionKernel(LearnedKernel):
         self._buffer_size = buffer_size
         self._clip: dict[str, Any] = {} if score_clip is None else {"score_clip": score_clip}
         self._look_ahead, self._patience = look_ahead, patience
+        self._shortens = patience is not None
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._scale = scale
