@@ -96,13 +96,13 @@ def main():
         for sampler in samplers:
             rows = []
             for seed in range(args.seeds):
-                rows.append(suite.measure(problem, sampler, seed))
+                rows.append({"seed": seed, **suite.measure(problem, sampler, seed)})
                 figure = rows[-1].pop("figure", None)
                 if args.report and figure and seed == 0:
                     pictures.append(save(figure(), args.report, f"{problem}, {sampler}"))
                 if args.output:
                     with args.output.open("a") as file:
-                        row = {"suite": args.suite, "seed": seed, **rows[-1]}
+                        row = {"suite": args.suite, **rows[-1]}
                         file.write(json.dumps(row | origin) + "\n")
             every += rows
             lines.append(line(suite.cells(median(rows))))

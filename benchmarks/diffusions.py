@@ -179,7 +179,9 @@ def _learned(make, num_warmup, target, seed):
         "verdict": found.verdict,
         "gradients": found.gradients,
         "training_steps": found.training_steps,
+        "network_evaluations": found.training_steps * kernel.evaluations_per_step,
         "ensemble": found.ensemble,
+        "elbo": found.elbo,
         "gap": target.log_z - found.elbo,
         "ess_fraction": found.ess_fraction,
         "khat": found.khat,
@@ -253,15 +255,29 @@ def _figure(target, found, draws):
     return figure
 
 
+def _kl_and_log_variance(rows):
+    """Gaps of what differs in the divergence alone, by KL and by log-variance."""
+    gaps = {(row["problem"], row["seed"], row["sampler"]): row["gap"] for row in rows if "gap" in row}
+    others = {key: (*key[:2], key[2].replace(", kl", ", log-variance")) for key in gaps if ", kl" in key[2]}
+    return [(gaps[key], gaps[other]) for key, other in others.items() if other in gaps]
+
+
 def overview(rows):
-    """Draw the gap of every sampler against its seconds of warm-up, a panel for every problem."""
+    """Draw gaps against seconds of warm-up, a panel a problem, and gaps by KL against log-variance."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["problem"] for row in rows))
+    pairs = _kl_and_log_variance(rows)
+    num_panels = len(names) + bool(pairs)
     figure, axes = plt.subplots(
-        1, len(names), figsize=(3.5 * len(names), 3.5), layout="constrained", squeeze=False
+        1, num_panels, figsize=(3.5 * num_panels, 3.5), layout="constrained", squeeze=False
     )
-    for ax, name in zip(axes[0], names, strict=True):
+    if pairs:
+        ax, gaps = axes[0, -1], np.maximum(pairs, 1e-4)
+        ax.loglog(*gaps.T, "o")
+        ax.loglog([gaps.min(), gaps.max()], [gaps.min(), gaps.max()], color="0.7", zorder=0)
+        ax.set(xlabel="log Z - ELBO by KL", ylabel="by log-variance", title="same process, same budget")
+    for ax, name in zip(axes[0, : len(names)], names, strict=True):
         for sampler in dict.fromkeys(row["sampler"] for row in rows):
             those = [row for row in rows if row["problem"] == name and row["sampler"] == sampler]
             seconds, gaps = ([row[key] for row in those if "gap" in row] for key in ("seconds", "gap"))

@@ -150,7 +150,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = (
         "stiff normal": _stiff,
     }
     | {f"bent, d = {d}": partial(_bent, d) for d in (2, 10, 50, 200)}
-    | {f"cost, n = {n}": partial(_normal, 1, n, 100) for n in (1000, 10_000, 100_000)}
+    | {f"cost, n = {n}": partial(_normal, 1, n, 100) for n in (1000, 10_000, 100_000, 1_000_000)}
 )
 
 

@@ -270,6 +270,24 @@ class DiffusionKernel(LearnedKernel):
         self._net = (width, depth)
         self._scale = scale
 
+    @property
+    def evaluations_per_step(self) -> int:
+        """Evaluations of the network in a training step: simulated points, and those that enter a gradient.
+
+        Examples:
+            >>> from numpyro_sbtm import DiffusionKernel
+            >>> DiffusionKernel(lambda: None, num_steps=32, num_paths=256, num_times=16).evaluations_per_step
+            12288
+        """
+        simulated = self._coarse_steps or self._num_steps
+        points = simulated  # of a path, differentiated at once for 'kl'
+        if self._divergence != "kl":
+            points += self._num_updates * self._num_times
+            if self._num_updates > 1:
+                points += self._num_updates * simulated  # each update evaluates the block anew
+        networks = 2 if self._process in ("bridge", "cmcd") else 1
+        return self._num_paths * points * networks
+
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         make = PROCESSES[self._process]
         if self._process == "dis":
