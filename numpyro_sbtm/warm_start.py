@@ -108,16 +108,14 @@ def tempered_particles(
         k, rounds, arrived, state, step_size, log_z = carry
         # blackjax resamples, moves and then weighs: the first round at the target ends the tempering
         arrived = jnp.where((rounds <= 1) | (rounds == _MORE_ROUNDS), state.particles, arrived)
-        spread = jax.random.uniform(jax.random.fold_in(key_steps, k), (num_particles,), particles.dtype)
         parameters = {
-            "step_size": step_size * _SMALLEST_STEP**spread,
+            "step_size": _spread_out(jax.random.fold_in(key_steps, k), step_size, num_particles),
             "inverse_mass_matrix": jnp.ones((1, dim), particles.dtype),
             "num_integration_steps": jnp.array([_LEAPS]),
         }
         rounds = rounds + (state.tempering_param >= 1.0)
         state, info = kernel(jax.random.fold_in(key_loop, k), state, _MOVES, parameters)
-        acceptance = jnp.mean(info.update_info.acceptance_rate)
-        step_size = step_size * jnp.exp(2.0 * (acceptance - _TARGET_ACCEPTANCE))
+        step_size = _adapted(step_size, info.update_info.acceptance_rate)
         return k + 1, rounds, arrived, state, step_size, log_z + info.log_likelihood_increment
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
@@ -127,12 +125,26 @@ def tempered_particles(
 
     state = adaptive_tempered.init(particles)
     state = state._replace(tempering_param=jnp.zeros((), particles.dtype))
-    step_size = jnp.asarray(0.5 / dim**0.25, particles.dtype)
+    step_size = _first_step_size(particles)
     none = jnp.zeros((), jnp.int32)
     carry = none, none, particles, state, step_size, jnp.zeros((), particles.dtype)
     temperatures, _, arrived, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
     drift = jnp.where(state.tempering_param < 1.0, jnp.inf, _drift(arrived, state.particles))
     return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS), drift
+
+
+def _first_step_size(particles: Float[Array, "n d"]) -> Float[Array, ""]:
+    return jnp.asarray(0.5 / particles.shape[1] ** 0.25, particles.dtype)
+
+
+def _spread_out(key: Key, step_size: Float[Array, ""], n: int) -> Float[Array, " n"]:
+    """Draw step sizes of HMC, for some particles small enough to enter narrow places."""
+    return step_size * _SMALLEST_STEP ** jax.random.uniform(key, (n,), step_size.dtype)
+
+
+def _adapted(step_size: Float[Array, ""], acceptance: Float[Array, "*n"]) -> Float[Array, ""]:
+    """Let the step size follow the acceptance rate."""
+    return step_size * jnp.exp(2.0 * (jnp.mean(acceptance) - _TARGET_ACCEPTANCE))
 
 
 def _or_very_low(value: Float[Array, ""]) -> Float[Array, ""]:
@@ -176,16 +188,15 @@ def _refine(
         def move(carry, key: Key):  # type: ignore[no-untyped-def]
             states, step_size = carry
             key_sizes, key = jax.random.split(key)
-            sizes = step_size * _SMALLEST_STEP ** jax.random.uniform(key_sizes, (n,), x.dtype)
+            sizes = _spread_out(key_sizes, step_size, n)
             one = lambda key, state, size: kernel(  # noqa: E731
                 key, state, logdensity_fn, size, inverse_mass_matrix, _LEAPS
             )
             states, info = jax.vmap(one)(jax.random.split(key, n), states, sizes)
-            acceptance = jnp.mean(info.acceptance_rate)
-            return (states, step_size * jnp.exp(2.0 * (acceptance - _TARGET_ACCEPTANCE))), None
+            return (states, _adapted(step_size, info.acceptance_rate)), None
 
         states = jax.vmap(lambda u: hmc.init(u, logdensity_fn))(u)
-        carry = states, jnp.asarray(0.5 / dim**0.25, x.dtype)
+        carry = states, _first_step_size(u)
         (states, _), _ = jax.lax.scan(move, carry, jax.random.split(key, _REFINING_MOVES))
         end = jax.vmap(lambda u: unwhiten(whitening, u)[0])(states.position)
         return end, _drift(u, states.position).astype(x.dtype)
