@@ -95,6 +95,8 @@ def _plain(process, divergence, **options):
 
 _WIDE = 2.0  # standard deviation of noise from which plain processes reach the nine modes
 
+_NARROW = 0.5, 0.7  # from which the wells at ±2 are hard to reach
+
 _PIECES = {
     "coarse grids": {"coarse_steps": 10},
     "exploration": {"exploration": 0.2},
@@ -142,6 +144,12 @@ KERNELS = (
         f"{process}, {divergence}, wide": _plain(process, divergence, scale=_WIDE)
         for process in ("pis-control", "pis", "dis-euler", "dis", "dds-control", "dds")
         for divergence in ("kl", "log-variance")
+    }
+    | {
+        f"{process}, {divergence}, from {scale}": _plain(process, divergence, scale=scale, patience=None)
+        for process in ("pis-control", "dis-euler", "dds-control")
+        for divergence in ("kl", "log-variance")
+        for scale in _NARROW
     }
     | {"dis, sub-trajectory-log-variance, wide": _plain("dis", "sub-trajectory-log-variance", scale=_WIDE)}
     | {
@@ -197,9 +205,9 @@ def _learned(make, num_warmup, target, seed):
     fresh = kernel.propose(mcmc.last_state, NUM_PROPOSALS, jax.random.key(seed + 4))
     weight = jax.nn.softmax(jnp.nan_to_num(fresh.log_weight, nan=-jnp.inf))
     draws = mcmc.get_samples()["x"]
-    row |= mass_errors(target, fresh.x, weight) | {
-        "figure": partial(_figure, target, found, np.asarray(draws))
-    }
+    row |= mass_errors(target, fresh.x, weight)
+    row |= {f"proposal_{key}": value for key, value in mass_errors(target, fresh.x).items()}
+    row["figure"] = partial(_figure, target, found, np.asarray(draws))
     return draws, row
 
 
@@ -298,6 +306,7 @@ COLUMNS = (
     "ESS fraction",
     "log Z error",
     "largest mass error (TV)",
+    "modes proposed (TV)",
     "Sinkhorn (floor)",
 )
 
@@ -317,5 +326,6 @@ def cells(row):
         optional("{ess_fraction:.3f}", "ess_fraction"),
         optional("{log_evidence_error:+.4f}" + spread, "log_evidence_error"),
         optional("{mass_error:.4f} ({mass_tv:.3f})", "mass_error"),
+        optional("{proposal_modes_found:.0f} ({proposal_mass_tv:.3f})", "proposal_mass_tv"),
         optional("{sinkhorn:.3g} ({sinkhorn_floor:.3g})", "sinkhorn"),
     ]
