@@ -22,7 +22,7 @@ from scipy.stats import gaussian_kde
 from benchmarks.particles import langevin, mass_errors, plain_transport, svgd, tempered
 from numpyro_sbtm import plots, targets
 from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.anneal import dilation, geometric
+from numpyro_sbtm.core.anneal import convolution, dilation, geometric
 from numpyro_sbtm.core.flow import trajectory
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
@@ -309,6 +309,7 @@ SAMPLERS = {
     "sbtm": _transport,
     "sbtm, geometric": partial(_transport, annealing=geometric()),
     "sbtm, adaptive": partial(_transport, annealing=geometric(conditional_ess=0.98)),
+    "sbtm, convolution": partial(_transport, annealing=convolution()),
     "sbtm, dilation": partial(_transport, annealing=dilation()),
     "sbtm, kernel score": partial(_transport, learner=_kernel),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),

@@ -13,7 +13,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.chain import Precondition, WarmStart
 from numpyro_sbtm.core.algorithm import Algorithm
-from numpyro_sbtm.core.anneal import Annealing, dilation, geometric, tempering
+from numpyro_sbtm.core.anneal import Annealing, convolution, dilation, geometric, tempering
 from numpyro_sbtm.core.controlled import (
     bridge,
     cmcd,
@@ -81,6 +81,7 @@ DIVERGENCES: dict[str, Callable[[Process], Divergence]] = {
 
 ANNEALINGS: dict[str, Callable[[], Annealing]] = {
     "adaptive": partial(geometric, conditional_ess=0.95),
+    "convolution": convolution,
     "dilation": dilation,
     "geometric": geometric,
     "tempering": tempering,
@@ -444,7 +445,8 @@ class SBTMKernel(LearnedKernel):
             its determinants, whose cost grows with the cube of the dimension. None: above 32 dimensions.
         annealing: densities that particles follow on their way from the warm start to the posterior:
             'geometric' (linear levels), 'adaptive' (geometric, with levels that keep a conditional effective
-            sample fraction of 0.95), 'dilation', 'tempering', or None for the posterior itself. For flows.
+            sample fraction of 0.95), 'convolution' (with noise; in few dimensions), 'dilation', 'tempering',
+            or None for the posterior itself. For flows.
 {_COMMON.strip(chr(10))}
 
     Raises:

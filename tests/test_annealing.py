@@ -10,7 +10,7 @@ from helpers import assert_within, correlated, two_modes
 
 from numpyro_sbtm import SBTMKernel
 from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.anneal import conditional_ess, dilation, geometric, next_level, tempering
+from numpyro_sbtm.core.anneal import conditional_ess, convolution, dilation, geometric, next_level, tempering
 from numpyro_sbtm.core.dissipation import dissipation
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.quasi import quasi_normal
@@ -23,6 +23,7 @@ NET = score_mlp(width=16)
 PATHS = {
     "geometric": geometric,
     "adaptive": lambda: geometric(conditional_ess=0.8),
+    "convolution": convolution,
     "dilation": dilation,
     "tempering": tempering,
 }
@@ -54,6 +55,24 @@ def test_dilation_is_the_law_of_shrunk_draws():
     density = dilation().at(two_modes(), standard_normal(2), jnp.asarray(0.4))
     zero = x * jax.vmap(jax.grad(density.logdensity_fn))(x) + 1.0
     assert_within(jnp.mean(zero, 0), 0.0, jnp.std(zero, 0) / np.sqrt(len(x)))
+
+
+def test_convolution_is_the_law_of_noisy_draws():
+    """E[w] = 1 and Stein's identity under λ x + √(1 - λ²) z, for z that is one of the path's points."""
+    level, base = 0.4, standard_normal(2, 2.0)
+    points = quasi_normal(8, 2)
+    points = 2.0 * (points - points.mean(0))
+    noise = jax.random.choice(jax.random.key(1), points, (20_000,))
+    x = level * two_modes().sample(jax.random.key(0), 20_000) + np.sqrt(1 - level**2) * noise
+    density = convolution(8).at(two_modes(), base, jnp.asarray(level))
+    mixture = convolution(8).at(two_modes(), normal(2), jnp.asarray(level))
+    assert np.isfinite(mixture.logdensity_fn(x[0]))
+    zero = x * jax.vmap(jax.grad(density.logdensity_fn))(x) + 1.0
+    assert_within(jnp.mean(zero, 0), 0.0, jnp.std(zero, 0) / np.sqrt(len(x)))
+    wide = 4.0 * jax.random.normal(jax.random.key(2), (20_000, 2))
+    proposal = jax.vmap(standard_normal(2, 4.0).log_prob)(wide)
+    weight = jnp.exp(jax.vmap(density.logdensity_fn)(wide) - proposal)
+    assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(len(wide)))
 
 
 def test_next_level_keeps_the_conditional_effective_sample_fraction():
@@ -220,7 +239,12 @@ def test_random_shifts_leave_means_unbiased():
 
 
 def test_clear_errors():
-    for path, argument in ((lambda: geometric(hold=1.0), "hold"), (lambda: dilation(first=0.0), "first")):
+    wrong = {
+        "hold": lambda: geometric(hold=1.0),
+        "first": lambda: dilation(first=0.0),
+        "num_points": lambda: convolution(1),
+    }
+    for argument, path in wrong.items():
         with pytest.raises(ValueError, match=f"`{argument}` must be"):
             path()
     with pytest.raises(ValueError, match="`conditional_ess` must lie between 0 and 1, got 2"):

@@ -4,15 +4,17 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float
 
 from numpyro_sbtm.core.bisection import furthest
+from numpyro_sbtm.core.quasi import quasi_normal
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.transition import Transition
+from numpyro_sbtm.core.transition import Gaussian, Transition
 
-__all__ = ["Annealing", "conditional_ess", "dilation", "geometric", "next_level", "tempering"]
+__all__ = ["Annealing", "conditional_ess", "convolution", "dilation", "geometric", "next_level", "tempering"]
 
 
 class Annealing(NamedTuple):
@@ -109,6 +111,57 @@ def dilation(first: float = 0.2, hold: float = 0.25) -> Annealing:
         return Target(lambda x: target.logdensity_fn(x / level) - target.dim * jnp.log(level), target.dim)
 
     return Annealing(at, _ramp(hold, first), calls=2)
+
+
+def convolution(num_points: int = 16, first: float = 0.2, hold: float = 0.25) -> Annealing:
+    """Make the diffusion path, the law of λ x + √(1 - λ²) z for x from the target and z from the first law.
+
+    Modes part from one another as they do in a diffusion backwards in time, and keep their masses. The noise
+    z takes K fixed points with equal probability, in the place of all of R^d, so that the density has a
+    formula: the mean of K shifted copies of the target's dilation. The points are of low discrepancy for a
+    normal first law, and draws of any other. In few dimensions the mean is smooth; in more the copies stand
+    apart. It costs K gradients of the target at every point.
+
+    Args:
+        num_points: K, at least 2.
+        first: the first λ, above 0.
+        hold: share of the way, at its end, during which the target itself is the density.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Reference:
+        Song et al. (2021), arXiv:2011.13456, section 3.4: the noising that preserves the variance, without
+        its formula for z of any value; Chehab & Korba (2024), arXiv:2406.14040, section 2.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.anneal import convolution
+        >>> from numpyro_sbtm.core.target import Target
+        >>> from numpyro_sbtm.core.transition import standard_normal
+        >>> normal = Target(lambda x: -0.5 * jnp.sum(x**2), 1)  # is its own noising
+        >>> half = convolution(64).at(normal, standard_normal(1), 0.5)
+        >>> round(float(half.logdensity_fn(jnp.zeros(1)) - half.logdensity_fn(jnp.ones(1))), 2)
+        0.5
+    """
+    if num_points < 2:
+        raise ValueError(f"`num_points` must be at least 2, got {num_points}.")
+
+    def at(target: Target, base: Transition, level: Float[Array, ""]) -> Target:
+        if isinstance(base, Gaussian):
+            points = quasi_normal(num_points, target.dim)
+            noise = base.mean + base.std * (points - jnp.mean(points, 0))
+        else:
+            noise = jax.vmap(base.sample)(jax.random.split(jax.random.key(0), num_points))
+        size = jnp.sqrt(jnp.maximum(1.0 - level**2, 0.0))
+
+        def logdensity(x: Float[Array, " d"]) -> Float[Array, ""]:
+            copies = jax.vmap(lambda z: target.logdensity_fn((x - size * z) / level))(noise)
+            return logsumexp(copies) - jnp.log(num_points) - target.dim * jnp.log(level)
+
+        return Target(logdensity, target.dim)
+
+    return Annealing(at, _ramp(hold, first), calls=1 + num_points)
 
 
 def tempering(first: float = 0.05, hold: float = 0.25) -> Annealing:
