@@ -310,6 +310,7 @@ SAMPLERS = {
     "sbtm, geometric": partial(_transport, annealing=geometric()),
     "sbtm, adaptive": partial(_transport, annealing=geometric(conditional_ess=0.98)),
     "sbtm, convolution": partial(_transport, annealing=convolution()),
+    "sbtm, convolution over 64 points": partial(_transport, annealing=convolution(64)),
     "sbtm, dilation": partial(_transport, annealing=dilation()),
     "sbtm, kernel score": partial(_transport, learner=_kernel),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),
