@@ -95,6 +95,7 @@ def _plain(process, divergence, **options):
 
 _WIDE = 2.0  # standard deviation of noise from which plain processes reach the nine modes
 
+_PARAMETRISED = "pis-control", "pis", "dis-euler", "dis", "dds-control", "dds"
 _NARROW = 0.5, 0.7  # from which the wells at ±2 are hard to reach
 
 _PIECES = {
@@ -142,12 +143,12 @@ KERNELS = (
     }
     | {
         f"{process}, {divergence}, wide": _plain(process, divergence, scale=_WIDE)
-        for process in ("pis-control", "pis", "dis-euler", "dis", "dds-control", "dds")
+        for process in _PARAMETRISED
         for divergence in ("kl", "log-variance")
     }
     | {
         f"{process}, {divergence}, from {scale}": _plain(process, divergence, scale=scale, patience=None)
-        for process in ("pis-control", "dis-euler", "dds-control")
+        for process in _PARAMETRISED
         for divergence in ("kl", "log-variance")
         for scale in _NARROW
     }
