@@ -68,8 +68,8 @@ class SBTMState(NamedTuple):
         log_target: the target's log density there, shape ``[m]``.
         probe_log_q: log density of the law they come from, shape ``[m]``; of noisy paths, forward over
             backward density.
-        divergence: KL(q | π) + log Z after every map, from the probes; its first entry is before any,
-            shape ``[K+1]``.
+        divergence: KL(q | π) - log Z after every map, from the probes of finite density and for q without the
+            others; its first entry is before any, shape ``[K+1]``.
         dissipation: of every map, from the probes before it; NaN for those not made, each of shape ``[K]``.
         levels: of every map, shape ``[K]``.
         variance: of the probes' log weights after the last map, shape ``[]``.
@@ -271,10 +271,17 @@ def sbtm(
     def judge(
         log_q: Float[Array, " m"], log_target: Float[Array, " m"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Compute the divergence, but for log Z, and the variance of the log weights."""
+        """Compute the divergence, but for log Z, and the variance of the log weights.
+
+        Draws whose density is not finite are left out, so that what counts is q without them, of which a
+        share is left: its density is q over the share.
+        """
         excess = log_q - log_target
-        excess = jnp.where(jnp.isfinite(excess), excess, _WORST_EXCESS)
-        return jnp.mean(excess), jnp.var(excess)
+        there = jnp.isfinite(excess)
+        share = jnp.mean(there, dtype=excess.dtype)
+        divergence = jnp.mean(excess, where=there) - jnp.log(share)
+        variance = jnp.var(jnp.where(there, excess, _WORST_EXCESS))
+        return jnp.where(share > 0.0, divergence, _WORST_EXCESS), variance
 
     def init(key: Key) -> SBTMState:
         key_net, key_particles, key_probes = jax.random.split(key, 3)
