@@ -94,9 +94,9 @@ def _plain(process, divergence, **options):
 
 
 _WIDE = 2.0  # standard deviation of noise from which plain processes reach the nine modes
-
-_PARAMETRISED = "pis-control", "pis", "dis-euler", "dis", "dds-control", "dds"
 _NARROW = 0.5, 0.7  # from which the wells at ±2 are hard to reach
+
+_STARTS = {"wide": {"scale": _WIDE}} | {f"from {s}": {"scale": s, "patience": None} for s in _NARROW}
 
 _PIECES = {
     "coarse grids": {"coarse_steps": 10},
@@ -142,15 +142,10 @@ KERNELS = (
         for divergence in ("kl", "log-variance", "sub-trajectory-log-variance", "trajectory-balance")
     }
     | {
-        f"{process}, {divergence}, wide": _plain(process, divergence, scale=_WIDE)
-        for process in _PARAMETRISED
+        f"{process}, {divergence}, {start}": _plain(process, divergence, **options)
+        for process in ("pis-control", "pis", "dis-euler", "dis", "dds-control", "dds")
         for divergence in ("kl", "log-variance")
-    }
-    | {
-        f"{process}, {divergence}, from {scale}": _plain(process, divergence, scale=scale, patience=None)
-        for process in _PARAMETRISED
-        for divergence in ("kl", "log-variance")
-        for scale in _NARROW
+        for start, options in _STARTS.items()
     }
     | {"dis, sub-trajectory-log-variance, wide": _plain("dis", "sub-trajectory-log-variance", scale=_WIDE)}
     | {
