@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,11 @@ def save(figure, folder, name):
     return f"![{name}]({file})"
 
 
+def names(text):
+    """Split a list at its semicolons; spaces around names, as those of a new line, do not count."""
+    return [name.strip() for name in text.split(";") if name.strip()]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,10 +89,10 @@ def main():
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
     suite = SUITES[args.suite]
-    problems = [name for name in args.only.split(";") if name] or list(suite.PROBLEMS)
-    samplers = [name for name in args.samplers.split(";") if name] or list(suite.SAMPLERS)
-    for name, known in ((problems, suite.PROBLEMS), (samplers, suite.SAMPLERS)):
-        if unknown := set(name) - set(known):
+    problems = names(args.only) or list(suite.PROBLEMS)
+    samplers = names(args.samplers) or list(suite.SAMPLERS)
+    for given, known in ((problems, suite.PROBLEMS), (samplers, suite.SAMPLERS)):
+        if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {'; '.join(known)}")
     origin = provenance()
     lines = [line(suite.COLUMNS), "|" + "---|" * len(suite.COLUMNS)]
@@ -94,6 +100,9 @@ def main():
     pictures, every = [], []
     for problem in problems:
         for sampler in samplers:
+            if hasattr(suite, "applies") and not suite.applies(problem, sampler):
+                print(f"'{sampler}' is not defined for '{problem}'.", file=sys.stderr)
+                continue
             rows = []
             for seed in range(args.seeds):
                 rows.append({"seed": seed, **suite.measure(problem, sampler, seed)})
