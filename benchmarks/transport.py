@@ -102,7 +102,7 @@ def _solved_dissipation(target, std):
     bands = dt * bands
     bands[1] += 1.0
     times, values = [], []
-    for k in range(2501):
+    for k in range(10_001):
         log_ratio = np.log(np.maximum(q, 1e-300)) - log_target
         middle = 0.5 * (q[1:] + q[:-1])
         times.append(k * dt)
@@ -346,6 +346,7 @@ SAMPLERS = {
     "sbtm, convolution over 64 points": partial(_transport, annealing=convolution(64)),
     "sbtm, dilation": partial(_transport, annealing=dilation()),
     "sbtm, kernel score": partial(_transport, learner=_kernel),
+    "sbtm, solved output": partial(_transport, solved_output=True),
     "sbtm, preconditioned": partial(_transport, preconditioned=True),
     "sbtm, adaptive steps": partial(_transport, tolerance=TOLERANCE),
     "sbtm, 50 steps": partial(_transport, num_steps=50),

@@ -433,6 +433,8 @@ class SBTMKernel(LearnedKernel):
         num_maps: transport steps; at most ``num_warmup`` are made.
         num_updates: updates of the network per training step.
         batch_size: particles per update.
+        solved_output: whether every map takes the best output layer for its network, solved for on all
+            particles with a ridge that held-out points choose: better scores for a little more work.
         duration: total time of the transport.
         tolerance: error that a step of the transport may make, in deviations of the particles; steps adapt to
             it, and ``num_maps`` is their largest number. None: all steps are alike.
@@ -476,6 +478,7 @@ class SBTMKernel(LearnedKernel):
         num_maps: int = 50,
         num_updates: int = 10,
         batch_size: int = 2048,
+        solved_output: bool = False,
         duration: float = 1.5,
         tolerance: float | None = None,
         learning_rate: float = 1e-3,
@@ -528,7 +531,7 @@ class SBTMKernel(LearnedKernel):
         self._annealing = annealing
         self._num_maps = num_maps
         self._num_particles, self._num_updates = num_particles, num_updates
-        self._batch_size = min(batch_size, num_particles)
+        self._batch_size, self._solved_output = min(batch_size, num_particles), solved_output
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._duration, self._tolerance = duration, tolerance
@@ -556,6 +559,7 @@ class SBTMKernel(LearnedKernel):
             num_particles=self._num_particles,
             num_updates=self._num_updates,
             batch_size=self._batch_size,
+            solved_output=self._solved_output,
         )
 
 

@@ -21,8 +21,11 @@ from numpyro_sbtm.core.target import Key, Params
 __all__ = ["denoiser", "potential", "radial", "score_mlp", "unet"]
 
 
-def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
+def _functional(make: Callable[[int, nnx.Rngs], nnx.Module], has_features: bool = False) -> Net:
     """Turn a flax module into pure functions of one vector of parameters.
+
+    Its entries are in the order of the attributes' names. A module with features ends with ``out``, a linear
+    layer, whose bias comes first.
 
     One vector, not a tree of matrices: an optimiser's update is then a handful of kernels instead of a
     handful for every matrix, which halves the time to compile a training step.
@@ -42,13 +45,20 @@ def _functional(make: Callable[[int, nnx.Rngs], nnx.Module]) -> Net:
             key = jax.random.wrap_key_data(key)
         return ravel_pytree(nnx.to_pure_dict(nnx.state(make(dim, nnx.Rngs(key)), nnx.Param)))[0]
 
-    def apply(params: Params, *inputs: Float[Array, "..."]) -> Any:
-        graph, state, unravel = skeleton(inputs[-1].shape[-1])
+    def module(params: Params, dim: int) -> Any:
+        graph, state, unravel = skeleton(dim)
         state = copy.deepcopy(state)
         nnx.replace_by_pure_dict(state, unravel(params))
-        return nnx.merge(graph, state)(*inputs)
+        return nnx.merge(graph, state)
 
-    return Net(init, apply)
+    def apply(params: Params, *inputs: Float[Array, "..."]) -> Any:
+        return module(params, inputs[-1].shape[-1])(*inputs)
+
+    def features(params: Params, *inputs: Float[Array, "..."]) -> Float[Array, " p"]:
+        found: Float[Array, " p"] = module(params, inputs[-1].shape[-1]).features(*inputs)
+        return found
+
+    return Net(init, apply, features if has_features else None)
 
 
 def _waves(log_snr: Float[Array, ""], width: int) -> Float[Array, " w"]:
@@ -172,10 +182,16 @@ class _ScoreMLP(nnx.Module):
         self.hidden = nnx.List(nnx.Linear(a, b, param_dtype=dtype, rngs=rngs) for a, b in pairwise(sizes))
         self.out = nnx.Linear(width, dim, param_dtype=dtype, rngs=rngs, kernel_init=zero, bias_init=zero)
 
-    def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    def last_hidden(self, x: Float[Array, " d"]) -> Float[Array, " w"]:
         for layer in self.hidden:
             x = nnx.soft_sign(layer(x))
-        return self.out(x)
+        return x
+
+    def features(self, x: Float[Array, " d"]) -> Float[Array, " w1"]:
+        return jnp.concatenate([jnp.ones(1, x.dtype), self.last_hidden(x)])
+
+    def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        return self.out(self.last_hidden(x))
 
 
 def score_mlp(width: int = 64, depth: int = 2) -> Net:
@@ -201,7 +217,7 @@ def score_mlp(width: int = 64, depth: int = 2) -> Net:
         >>> net.apply(net.init(jax.random.key(0), 3), jnp.ones(3)).tolist()
         [0.0, 0.0, 0.0]
     """
-    return _functional(lambda dim, rngs: _ScoreMLP(dim, width, depth, rngs))
+    return _functional(lambda dim, rngs: _ScoreMLP(dim, width, depth, rngs), has_features=True)
 
 
 class _Block(nnx.Module):

@@ -13,8 +13,11 @@ from numpyro_sbtm import SBTMKernel
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import conditional_ess, convolution, dilation, geometric, next_level, tempering
 from numpyro_sbtm.core.dissipation import dissipation
+from numpyro_sbtm.core.flow import velocity
+from numpyro_sbtm.core.learning import Cloud, affine_part, solve_output
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.quasi import quasi_normal
+from numpyro_sbtm.core.score import divergence_of
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
@@ -179,6 +182,61 @@ def test_kernel_scores_need_no_training():
     assert_within(log_z, near.log_z, error)
 
 
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.usefixtures("x64")
+def test_the_output_layer_solves_score_matching(dim):
+    """Without a ridge to speak of the solved layer is where the gradient of the loss vanishes."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(512, dim)) @ (np.eye(dim) + 0.3 * rng.normal(size=(dim, dim))))
+    cloud = Cloud(x, -x - 2.0 * jnp.sin(2.0 * x))
+    net = score_mlp(width=8, depth=1)
+    params = net.init(jax.random.key(0), dim)
+    layer = jnp.arange(9.0 * dim) / dim
+    params = params.at[-9 * dim :].set(layer)
+    np.testing.assert_allclose(
+        net.apply(params, x[0]), layer.reshape(9, dim).T @ net.features(params, x[0]), rtol=1e-12
+    )
+    current = affine_part(cloud, params)
+    solved = solve_output(net, current, cloud, cloud)
+
+    def loss(layer, size):
+        one = current._replace(params=params.at[-9 * dim :].set(layer))
+        field = lambda y: velocity(net, one, y)  # noqa: E731
+        v = jax.vmap(field)(x)
+        slopes = jax.vmap(lambda y: divergence_of(field, y, None))(x)
+        penalty = size * jnp.sum((layer.reshape(9, dim) @ current.whitener) ** 2)
+        return jnp.mean(jnp.sum(v * (v - 2.0 * cloud.scores), -1) - 2.0 * slopes) + penalty
+
+    found = solved.params[-9 * dim :]
+    phi = jax.vmap(lambda y: net.features(params, current.whitener @ (y - current.mean)))(x)
+    # the points that choose are those that are fitted, which want the weakest ridge
+    size = 1e-2 * jnp.mean(phi**2)
+    before, after = jax.jit(jax.vmap(jax.grad(loss), (0, None)))(jnp.stack([layer, found]), size)
+    assert jnp.abs(after).max() < 1e-9 * jnp.abs(before).max()
+
+
+@pytest.mark.parametrize("heun", [False, True])
+def test_scores_with_a_solved_output_layer_follow_the_exact_flow(heun):
+    """Two modes from N(0, 1): F̂ is that of the Fokker-Planck equation, on its way to an eighth."""
+    near = unequal_pair(2.0)
+    options = {
+        "max_rounds": 4,
+        "first_updates": 500,
+        "quasi": True,
+        "num_particles": 4096,
+        "num_probes": 4096,
+    }
+    algorithm, state = trained(near, 1.0, 50, 1.0, solved_output=True, heun=heun, **options)
+    # F of the exact flow at these times, by finite volumes (benchmarks/transport.py)
+    t, exact = np.array([0.0, 0.2, 0.5, 0.8]), np.array([2.5848, 1.4219, 0.6830, 0.3500])
+    fisher = state.dissipation.fisher[np.round(t / 0.02).astype(int)]
+    np.testing.assert_allclose(fisher, exact, rtol=0.04 if heun else 0.06)
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    log_z, error = log_evidence(draws.log_weight)
+    assert 1e-4 < error < 0.02
+    assert_within(log_z, near.log_z, error)
+
+
 @pytest.mark.parametrize("dim", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_dissipation_of_a_normal_law_in_several_dimensions(dim):
     """N(0, v I) goes to N(0, I) with F = d (1-v)² / v: networks have nothing to add, and must not find it.
@@ -275,6 +333,10 @@ def test_clear_errors():
         sbtm(correlated(), NET, optax.sgd(1.0), noisy=True, preconditioned=True)
     with pytest.raises(ValueError, match="`quasi` needs a `base` that is a `Gaussian`, got Mixture"):
         sbtm(correlated(), NET, optax.sgd(1.0), base=normal(2), quasi=True)
+    with pytest.raises(ValueError, match=r"`solved_output` needs a `net` with `features`.*got no features"):
+        sbtm(correlated(), radial(), optax.sgd(1.0), solved_output=True)
+    with pytest.raises(ValueError, match=r"`solved_output` needs .* an `optimiser`.*got None"):
+        sbtm(correlated(), NET, None, solved_output=True)
     with pytest.raises(ValueError, match=r"`annealing` must be one of 'adaptive', .*got 'linear'"):
         SBTMKernel(lambda: None, annealing="linear")
     with pytest.raises(ValueError, match="`annealing` asks for a flow, but `noisy` is True"):

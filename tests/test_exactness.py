@@ -21,7 +21,7 @@ KERNELS = {
     ),
 }
 KERNELS["noisy sbtm"] = partial(KERNELS["sbtm"], noisy=True)
-KERNELS["adaptive sbtm"] = partial(KERNELS["sbtm"], tolerance=1e-2)
+KERNELS["adaptive sbtm"] = partial(KERNELS["sbtm"], tolerance=1e-2, solved_output=True)
 KERNELS["annealed sbtm"] = partial(KERNELS["sbtm"], annealing="adaptive")
 # annealed particles must arrive: E[1/w] is no test where hardly a draw of the target is proposed
 WARMUP = {"annealed sbtm": 20}

@@ -19,6 +19,7 @@ from numpyro_sbtm.core.transition import Transition
 __all__ = ["Cloud", "VelocityFit", "affine_part", "bounded", "kernel_fit", "precondition", "velocity_fit"]
 
 _RIDGES = tuple(10.0**k for k in range(1, -6, -1))  # of the mean squared feature; held-out points choose
+_OUTPUT_RIDGES = (jnp.inf, *_RIDGES[:4])  # weaker ones overfit: learned features fit their particles already
 _LONGEST_SCORE = 5.0  # in medians of the particles' scores
 _CLEAR = 2.0  # standard errors by which a network must improve the held-out loss of a map
 
@@ -85,14 +86,60 @@ class VelocityFit(NamedTuple):
         train: ``(key, first, map, optimiser's state, particles, probes) -> (params, optimiser's state, loss,
             updates skipped)``, for the map that the particles follow next; first says whether it is the very
             first one, whose velocity is known.
-        trim: ``(map, probes) -> map``, without its network if that does not help.
+        trim: ``(map, particles, probes) -> map``, with the best output layer where one is solved for, and
+            without its network if that does not help.
     """
 
     train: Callable[
         [Key, Bool[Array, ""], Maps, optax.OptState, Cloud, Cloud],
         tuple[Params, optax.OptState, Float[Array, ""], Int[Array, ""]],
     ]
-    trim: Callable[[Maps, Cloud], Maps]
+    trim: Callable[[Maps, Cloud, Cloud], Maps]
+
+
+def _ridge(gram, right, held_gram, held_right, ridges):  # type: ignore[no-untyped-def]
+    """Solve (gram + λ I) θ = right, for the λ with the least loss of held-out points; with that loss."""
+    values, vectors = jnp.linalg.eigh(gram)
+    turned = vectors.T @ right
+    sizes = jnp.asarray(ridges, gram.dtype) * jnp.mean(values)
+    found = jax.vmap(lambda size: vectors @ (turned / (jnp.maximum(values, 0.0) + size)[:, None]))(sizes)
+    losses = jax.vmap(lambda theta: jnp.sum(theta * (held_gram @ theta - 2.0 * held_right)))(found)
+    best = jnp.argmin(losses)
+    return found[best], losses[best]
+
+
+def solve_output(net: Net, current: Maps, particles: Cloud, probes: Cloud) -> Maps:
+    """Solve for the output layer of a map's network, which has features φ, on all particles at once.
+
+    For v(x) = v_0(x) + Ψᵀ φ(u), u = R (x - μ), the score matching loss is quadratic in Ψ,
+
+        Ψ = (E[φ φᵀ] + λ I)⁻¹ (E[φ (g - v_0)ᵀ] + E[∂φ/∂u] R),
+
+    and the output layer is Θ = Ψ R⁻¹. The ridge λ is the one of a few with the least loss at held-out points.
+
+    Reference:
+        Golub & Pereyra (1973), The differentiation of pseudo-inverses and nonlinear least squares problems
+        whose variables separate: what is linear in a fit is solved for.
+    """
+    features = net.features
+    assert features is not None
+
+    def moments(cloud: Cloud):  # type: ignore[no-untyped-def]
+        centred = cloud.x - current.mean
+        u = centred @ current.whitener.T
+        at = jax.vmap(lambda u: features(current.params, u))
+        # a shift of all points at once: its derivative is the mean of theirs
+        slopes = jax.jacfwd(lambda shift: jnp.mean(at(u + shift), 0))(jnp.zeros_like(current.mean))
+        phi, rest = at(u), cloud.scores - current.drift - centred @ current.slope.T
+        return phi.T @ phi / len(phi), phi.T @ rest / len(phi) + slopes @ current.whitener
+
+    gram, right = moments(particles)
+    held_gram, held_right = moments(probes)
+    psi, _ = _ridge(gram, right, held_gram, held_right, _OUTPUT_RIDGES)
+    theta = jax.scipy.linalg.solve_triangular(current.whitener, psi.T, trans=1, lower=True).T
+    good = jnp.all(jnp.isfinite(theta))
+    params = current.params.at[-theta.size :].set(theta.ravel())
+    return current._replace(params=jnp.where(good, params, current.params))
 
 
 def velocity_fit(
@@ -104,6 +151,7 @@ def velocity_fit(
     batch_size: int,
     max_rounds: int,
     first_updates: int,
+    solved_output: bool,
 ) -> VelocityFit:
     """Make the training of velocities by implicit score matching.
 
@@ -116,6 +164,7 @@ def velocity_fit(
         max_rounds: rounds at most; more than one end once the loss of the probes, which are not trained on,
             stops falling, and the best parameters are kept.
         first_updates: updates before the first map, by least squares.
+        solved_output: whether maps take the output layer of `solve_output`; training goes on from its own.
 
     Reference:
         Hyvärinen (2005), JMLR 6, eq. 4, in the form of `implicit_score_loss`.
@@ -186,7 +235,9 @@ def velocity_fit(
         )
         return params, opt_state, loss, skipped
 
-    def trim(current: Maps, probes: Cloud) -> Maps:
+    def trim(current: Maps, particles: Cloud, probes: Cloud) -> Maps:
+        if solved_output:
+            return solve_output(net, current, particles, probes)
         if max_rounds == 1:
             return current
         blank = jax.tree.map(jnp.zeros_like, current.params)
@@ -242,18 +293,16 @@ def kernel_fit(net: Net, base: Transition) -> VelocityFit:
         del key
         gram, right = moments(current, particles, first)
         held_gram, held_right = moments(current, probes, False)
-        values, vectors = jnp.linalg.eigh(gram)
-        ridges = jnp.asarray(_RIDGES, gram.dtype) * jnp.mean(values)
-        turned = vectors.T @ right
-        found = jax.vmap(lambda ridge: vectors @ (turned / (jnp.maximum(values, 0.0) + ridge)))(ridges)
-        losses = jax.vmap(lambda params: params @ (held_gram @ params) - 2.0 * params @ held_right)(found)
-        params = found[jnp.argmin(losses)]
+        solution, loss = _ridge(gram, right[:, None], held_gram, held_right[:, None], _RIDGES)
+        params = solution[:, 0]
         good = jnp.all(jnp.isfinite(params))
         return (
             jnp.where(good, params, current.params),
             opt_state,
-            jnp.min(losses),
+            loss,
             (~good).astype(jnp.int32),
         )
 
-    return VelocityFit(train, lambda current, probes: current)  # a wide ridge leaves as little as it should
+    return VelocityFit(
+        train, lambda current, particles, probes: current
+    )  # a wide ridge leaves as little as it should

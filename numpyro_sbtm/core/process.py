@@ -31,6 +31,9 @@ class Net(NamedTuple):
         init: ``(key, d) -> params``, a plain pytree of arrays.
         apply: ``(params, *inputs of one point) -> outputs of one point``; what the inputs and outputs
             are is the contract between a network and the function that takes it.
+        features: ``(params, *inputs of one point) -> φ``, shape ``[p]``, where ``params`` is a vector whose
+            last p d entries are an output layer: ``apply`` gives Θᵀφ, with Θ these entries as a matrix of
+            shape ``[p, d]``. None: there is no such layer.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -42,6 +45,7 @@ class Net(NamedTuple):
 
     init: Callable[[Key, int], Params]
     apply: Callable[..., Any]
+    features: Callable[..., Float[Array, " p"]] | None = None
 
 
 Chain = Callable[[Params, Int[Array, ""], Float[Array, " d"], Float[Array, "*s d"]], Transition]
