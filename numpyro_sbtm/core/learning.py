@@ -303,6 +303,5 @@ def kernel_fit(net: Net, base: Transition) -> VelocityFit:
             (~good).astype(jnp.int32),
         )
 
-    return VelocityFit(
-        train, lambda current, particles, probes: current
-    )  # a wide ridge leaves as little as it should
+    # nothing to trim: a wide ridge leaves as little as it should
+    return VelocityFit(train, lambda current, particles, probes: current)
