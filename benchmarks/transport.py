@@ -9,7 +9,7 @@ draws.
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,14 +57,19 @@ class Problem(NamedTuple):
     covariance: np.ndarray | None = None
 
 
-_EARLY = float(np.sqrt(1.0 - np.exp(-0.2)))  # the Ornstein-Uhlenbeck process at time 0.1, from a point
+def _variance(t):
+    """That of the first law on its way to N(0, 1): the Ornstein-Uhlenbeck process, time 0.1 after a point."""
+    return 1.0 - np.exp(-2.0 * (t + 0.1))
+
+
+_EARLY = float(np.sqrt(_variance(0.0)))
 
 
 def _normal_dissipation(dim):
-    """The relative Fisher information of N(0, v I), v(t) = 1 - exp(-2 (t + 0.1)), and N(0, I)."""
+    """The relative Fisher information of N(0, v(t) I) and N(0, I)."""
 
     def at(t):
-        v = 1.0 - np.exp(-2.0 * (t + 0.1))
+        v = _variance(t)
         return dim * (1.0 - v) ** 2 / v
 
     return at
@@ -111,6 +116,7 @@ def _solved_dissipation(target, std):
     return lambda t: np.interp(t, times, values, right=np.nan)
 
 
+@cache  # the Fokker-Planck equation is solved once, not for every method and seed
 def _pair(distance, num_particles=10_000):
     target = targets.unequal_pair(distance)
     return Problem(
@@ -316,7 +322,7 @@ def _exact_flow(problem, seed, spread):
     """N(0, v(t) I) on its way to N(0, I): points of the first law in the place of particles, scaled by √v."""
     points = spread(seed, problem)
     times = problem.duration * np.arange(1, NUM_LOOKS + 1) / NUM_LOOKS
-    ways = [np.sqrt(1.0 - np.exp(-2.0 * (t + 0.1))) * points for t in times]
+    ways = [np.sqrt(_variance(t)) * points for t in times]
     looks = [_distances(problem, x, seed) for x in ways]
     return ways[-1], {"seconds": 0.0, "gradients": 0} | _rises(looks)
 

@@ -531,7 +531,8 @@ class SBTMKernel(LearnedKernel):
         self._annealing = annealing
         self._num_maps = num_maps
         self._num_particles, self._num_updates = num_particles, num_updates
-        self._batch_size, self._solved_output = min(batch_size, num_particles), solved_output
+        self._batch_size = min(batch_size, num_particles)
+        self._solved_output = solved_output
         self._learning_rate = learning_rate
         self._net = (width, depth)
         self._duration, self._tolerance = duration, tolerance

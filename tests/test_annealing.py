@@ -185,7 +185,7 @@ def test_kernel_scores_need_no_training():
 @pytest.mark.parametrize("dim", [1, 3])
 @pytest.mark.usefixtures("x64")
 def test_the_output_layer_solves_score_matching(dim):
-    """Without a ridge to speak of the solved layer is where the gradient of the loss vanishes."""
+    """The solved layer is where the gradient of the score matching loss with its ridge vanishes."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(512, dim)) @ (np.eye(dim) + 0.3 * rng.normal(size=(dim, dim))))
     cloud = Cloud(x, -x - 2.0 * jnp.sin(2.0 * x))
