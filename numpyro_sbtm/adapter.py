@@ -3,7 +3,6 @@
 
 import copy
 import gc
-import operator
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -17,14 +16,18 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_sbtm.chain import KernelState, Precondition, Proposals, Training, WarmStart, learned_chain
+from numpyro_sbtm.chain import LearnedChain
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import log_variance_at
+from numpyro_sbtm.fingerprint import fingerprint
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
-from numpyro_sbtm.model import from_model, from_potential, guide_moments
+from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments
 from numpyro_sbtm.psis import NEARLY_EQUAL
+from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
+from numpyro_sbtm.start import Precondition, find_start
+from numpyro_sbtm.state import UNBATCHED, KernelState, Proposals, Training, WarmStart
 
 __all__ = ["LearnedKernel"]
 
@@ -96,7 +99,7 @@ class LearnedKernel(MCMCKernel):
     """Everything but the choice of the algorithm. Abstract; the kernels below are final."""
 
     sample_field = "z"
-    default_fields = ("diverging",)
+    default_fields = ("diverging", "log_weight")
 
     def __init__(
         self,
@@ -157,16 +160,15 @@ class LearnedKernel(MCMCKernel):
         self._smc_particles = smc_particles
         self._forward_mode = forward_mode_differentiation
         self._init_strategy = init_strategy
-        self._ensemble = False
         self._shortens = True  # training, where the warm start is near exact
         self._forget()
 
     def _forget(self) -> None:
-        self._sample_fn: Callable[..., KernelState] | None = None
-        self._propose_fn: Callable[..., Proposals] | None = None
-        self._weigh_fn: Callable[..., Float[Array, " n"]] | None = None
-        self._postprocess_gen: Callable[..., Any] | None = None
-        self._structure: tuple[list[Any], int, bool, bool, bool] | None = None
+        self._problem: tuple[Any, Problem] | None = None  # the last one, and the shapes it was made for
+        self._uses: dict[str, Callable[..., Any]] = {}  # compiled uses of a trained sampler
+        self._run: Run | None = None  # in sequence, while there are more chains to come
+        self._set_up = False
+        self._known: np.ndarray | None = None
 
     @abstractmethod
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
@@ -179,9 +181,9 @@ class LearnedKernel(MCMCKernel):
         return self._model
 
     @property
-    def is_ensemble_kernel(self) -> bool:
-        """Whether the last `init` made one trained sampler for a batch of chains."""
-        return self._ensemble
+    def _sample_fn(self) -> Callable[..., KernelState] | None:
+        """What `MCMC` looks at: None where it must call `init`, even for a state that needs none."""
+        return self.sample if self._set_up else None
 
     @property
     def correction(self) -> str | None:
@@ -190,9 +192,9 @@ class LearnedKernel(MCMCKernel):
 
     def postprocess_fn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the map from unconstrained values to the model's sites."""
-        if self._postprocess_gen is None:
+        if self._potential_fn is not None:
             return lambda x: x
-        return self._postprocess_gen(*args, **kwargs)
+        return self._problem_of(args, kwargs).postprocess_gen(*args, **kwargs)
 
     def init(
         self,
@@ -202,7 +204,10 @@ class LearnedKernel(MCMCKernel):
         model_args: tuple[Any, ...] = (),
         model_kwargs: dict[str, Any] | None = None,
     ) -> KernelState:
-        """Set up the state; nothing is trained here.
+        """Set up the state: look for the posterior.
+
+        Nothing is trained here, but for chains that run in sequence: `MCMC` hands them over one by one, each
+        after the end of the one before, and with ``shared=True`` the first searches and trains for all.
 
         Args:
             rng_key: one key, or a batch of keys, one for every vectorised chain.
@@ -215,52 +220,73 @@ class LearnedKernel(MCMCKernel):
             ValueError: if ``num_warmup`` is less than 1, or the model or ``init_params`` do not fit.
             RuntimeError: if no start has a finite log density.
         """
-        if num_warmup < 1:
-            raise ValueError(
-                f"`num_warmup` must be at least 1, got {num_warmup}: the sampler is trained during "
-                "warm-up. To go on from a trained one, set `mcmc.post_warmup_state`."
-            )
         kwargs = {} if model_kwargs is None else model_kwargs
         if not_jax_tracer(rng_key):
             _spare_memory_mappings()
         single = is_prng_key(rng_key)
-        self._ensemble = not single and self._shared
+        if init_params is not None and single:
+            init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
+        run = self._run_of(rng_key, Run(num_warmup, model_args, kwargs))
         if single or self._shared:
-            chains = () if single else (len(rng_key),)
-            key = rng_key if single else rng_key[0]
-            return self._init_system(key, num_warmup, init_params, model_args, kwargs, chains, ensembles=True)
-        states = [
-            self._init_system(
-                key,
-                num_warmup,
-                jax.tree.map(lambda leaf, c=c: leaf[c], init_params),
-                model_args,
-                kwargs,
-                (),
-                ensembles=False,  # batched, a choice between two ways to propose would always take both
-            )
-            for c, key in enumerate(rng_key)
-        ]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        one_chain = self._sample_fn
-        assert one_chain is not None  # set by _init_system
-        axes: Any = KernelState(*(None if field == "i" else 0 for field in KernelState._fields))  # type: ignore[arg-type]
+            state = self._init_system(rng_key, init_params, run)
+        else:
+            states = []
+            for c, key in enumerate(rng_key):
+                own = jax.tree.map(lambda leaf, c=c: leaf[c : c + 1], init_params)
+                # batched, a choice between two ways to propose would always take both
+                states.append(self._init_system(key, own, run, ensembles=False))
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            state = stacked._replace(**{field: getattr(states[0], field) for field in UNBATCHED})
+        self._set_up = True
+        return state
 
-        def sample_fn(state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
-            # the counter stays unbatched: batched, every draw would pay for a training step
-            step = jax.vmap(lambda s: one_chain(s, args, kwargs), in_axes=(axes,), out_axes=axes)
-            return step(state)
-
-        self._sample_fn = sample_fn
-        return stacked._replace(i=states[0].i)
+    def _run_of(self, rng_key: Key, new: Run) -> Run:
+        """Return the run that a chain belongs to: a new one, or that of the chains before it."""
+        new.keys = keys_of_sequential_run(self) if is_prng_key(rng_key) and not_jax_tracer(rng_key) else None
+        run = new if new.keys is None or self._run is None or self._run.keys is not new.keys else self._run
+        run.num_set_up += 1
+        more = run.keys is not None and run.num_set_up < len(run.keys)
+        self._run = run if more else None
+        return run
 
     def sample(
         self, state: KernelState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
     ) -> KernelState:
-        """Do one training step in warm-up; after it, one draw by Metropolis steps with fresh proposals."""
-        if self._sample_fn is None:
-            raise RuntimeError("`sample` was called before `init`.")
-        return self._sample_fn(state, model_args, model_kwargs)
+        """Do one training step in warm-up; after it, one draw by Metropolis steps with fresh proposals.
+
+        All that it needs to know it finds in the state and the arguments. Where these are not the data that
+        the state was weighed under, position and proposals are weighed anew.
+
+        Raises:
+            ValueError: for the state of another number of chains, or of a model of other size.
+        """
+        if state.training is None or state.block is None:  # a model without latent values
+            return state._replace(i=state.i + 1)
+        num_keys = () if is_prng_key(state.rng_key) else (len(state.rng_key),)
+        if num_keys != state.log_weight.shape:
+            chains, given = (shape[0] if shape else 1 for shape in (state.log_weight.shape, num_keys))
+            raise ValueError(
+                f"`post_warmup_state` holds {chains} chain(s) that share a sampler, but `MCMC` runs {given}. "
+                "Pass as many keys, or the same `num_chains` and `chain_method` as in warm-up."
+            )
+        problem = self._problem_of(model_args, model_kwargs, state)
+        dim, known = problem.starts.shape[1], state.block.x.shape[-1]
+        if dim != known:
+            raise ValueError(
+                f"`post_warmup_state` has {known} latent values, the model {dim} with these arguments: "
+                "it belongs to another model or to data of another size. Run warm-up again."
+            )
+        step = partial(
+            self._chain(problem).sample,
+            args=model_args,
+            kwargs=model_kwargs,
+            data=fingerprint(model_args, model_kwargs),
+        )
+        if state.training.num_steps.ndim:
+            # what decides on a step stays unbatched: else every draw would pay for a training step
+            axes = KernelState._make(None if name in UNBATCHED else 0 for name in KernelState._fields)
+            step = jax.vmap(step, in_axes=(axes,), out_axes=axes)
+        return step(state)
 
     def propose(
         self,
@@ -280,9 +306,11 @@ class LearnedKernel(MCMCKernel):
             model_kwargs: keyword arguments of the model.
 
         Returns:
-            Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler.
+            Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler;
+            their log weights in float64.
         """
-        return self._use(self._propose_fn, state, rng_key, num_proposals, model_args, model_kwargs)
+        proposals = self._use("propose", state, rng_key, num_proposals, model_args, model_kwargs)
+        return proposals._replace(log_weight=_absolute(proposals.log_weight, state))
 
     def weigh(
         self,
@@ -291,7 +319,7 @@ class LearnedKernel(MCMCKernel):
         rng_key: Key,
         model_args: tuple[Any, ...] = (),
         model_kwargs: dict[str, Any] | None = None,
-    ) -> Float[Array, "*chains n"]:
+    ) -> Float[np.ndarray, "*chains n"]:
         """Weigh given points as the trained sampler would its own.
 
         For draws of the posterior the mean log weight is an upper bound of the log evidence (EUBO), where
@@ -305,47 +333,44 @@ class LearnedKernel(MCMCKernel):
             model_kwargs: keyword arguments of the model.
 
         Returns:
-            Log of unnormalised target over proposal, of the point or of a fresh path that ends there, shape
-            ``[n]``, or ``[chains, n]`` where each chain has its own sampler; NaN if it cannot be computed.
+            Log of unnormalised target over proposal, of the point or of a fresh path that ends there, in
+            float64, shape ``[n]``, or ``[chains, n]`` where each chain has its own sampler; NaN if it cannot
+            be computed.
 
         Reference:
             EUBO: Blessing et al. (2024), Beyond ELBOs, arXiv:2406.07423, section 4.
         """
-        return self._use(self._weigh_fn, state, rng_key, x, model_args, model_kwargs)
+        return _absolute(self._use("weigh", state, rng_key, x, model_args, model_kwargs), state)
 
     def _use(
         self,
-        compiled: Callable[..., Any] | None,
+        name: str,
         state: KernelState,
         rng_key: Key,
         what: Any,
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any] | None,
     ) -> Any:
-        """Call a compiled function with every trained sampler of a state."""
-        if compiled is None:
-            raise RuntimeError(
-                "This kernel has not been set up: run `MCMC` with it first (after unpickling, once more)."
-            )
+        """Use every trained sampler of a state, by a compiled function."""
         kwargs = {} if model_kwargs is None else model_kwargs
-        if is_prng_key(state.rng_key):
-            return compiled(rng_key, state.training, what, model_args, kwargs)
-        keys = jax.random.split(rng_key, len(state.rng_key))
+        if state.training is None:
+            raise ValueError("`state` is that of a model without latent values: it has no sampler.")
+        problem = self._problem_of(model_args, kwargs, state)
+        use = self._uses.get(name)
+        if use is None:
+            use = self._uses[name] = _compiled(getattr(self._chain(problem), name))
+        if not state.training.num_steps.ndim:
+            return use(rng_key, state.training, what, model_args, kwargs)
+        keys = jax.random.split(rng_key, len(state.training.num_steps))
         per_chain = [
-            compiled(key, jax.tree.map(lambda leaf, c=c: leaf[c], state.training), what, model_args, kwargs)
+            use(key, jax.tree.map(lambda leaf, c=c: leaf[c], state.training), what, model_args, kwargs)
             for c, key in enumerate(keys)
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_chain)
 
     def __getstate__(self) -> dict[str, Any]:
-        # closures are rebuilt by the next `init`, which `MCMC` calls where it finds no `_sample_fn`
-        return self.__dict__ | {
-            "_sample_fn": None,
-            "_propose_fn": None,
-            "_weigh_fn": None,
-            "_postprocess_gen": None,
-            "_structure": None,
-        }
+        # closures are rebuilt from the model and its arguments when they are needed
+        return self.__dict__ | {"_problem": None, "_uses": {}, "_run": None}
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "LearnedKernel":
         """Return a copy of this kernel for another model."""
@@ -354,113 +379,212 @@ class LearnedKernel(MCMCKernel):
         new._forget()
         return new
 
-    def _init_system(
+    # ------------------------------------------------------------------ the posterior
+    def _make_problem(
         self,
-        rng_key: Key,
-        num_warmup: int,
+        key: Key,
         init_params: Any,
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any],
-        chains: tuple[int, ...],
-        *,
-        ensembles: bool,
+        num_chains: int,
+    ) -> Problem:
+        if self._potential_fn is not None:
+            return from_potential(
+                key, self._potential_fn, init_params, num_chains=num_chains, num_starts=_NUM_STARTS
+            )
+        assert self._model is not None  # checked by the constructor
+        return from_model(
+            key,
+            self._model,
+            model_args,
+            model_kwargs,
+            num_chains=num_chains,
+            num_starts=_NUM_STARTS,
+            init_strategy=self._init_strategy,
+            init_params=init_params,
+            forward_mode=self._forward_mode,
+        )
+
+    def _remember(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._problem, self._uses = (_shapes(args, kwargs), problem), {}
+
+    def _problem_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: KernelState | None = None
+    ) -> Problem:
+        """Return the posterior for arguments: the last one where these have its shapes, else a new one."""
+        if self._problem is not None and self._problem[0] == _shapes(args, kwargs):
+            return self._problem[1]
+        # for its functions alone, so that any key will do
+        make = partial(self._make_problem, jax.random.key(0), model_args=args, model_kwargs=kwargs)
+        if self._potential_fn is not None:
+            assert state is not None
+            chains = state.log_weight.shape
+            z = state.z if chains else jax.tree.map(lambda leaf: leaf[None], state.z)
+            return make(z, num_chains=chains[0] if chains else 1)
+        if not all(map(not_jax_tracer, jax.tree.leaves((args, kwargs)))):
+            return make(None, num_chains=1)
+        with jax.ensure_compile_time_eval():
+            problem = make(None, num_chains=1)
+        self._remember(problem, args, kwargs)
+        return problem
+
+    def _chain(self, problem: Problem) -> LearnedChain:
+        return LearnedChain(
+            problem,
+            self._algorithm,
+            local=self._local_move(),
+            corrected=self._correction is not None,
+            shorten=self._shortens,
+            forward_mode=self._forward_mode,
+            known=self._known,
+        )
+
+    def _init_system(
+        self, rng_key: Key, init_params: Any, run: Run, *, ensembles: bool = True
     ) -> KernelState:
-        """Make the state of one trained sampler, and the functions that advance it."""
-        key_init, key_state = jax.random.split(rng_key)
-        num_chains = chains[0] if chains else 1
-        if init_params is not None and not chains:
-            init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
-        if self._potential_fn is None:
-            assert self._model is not None  # checked by the constructor
-            problem = from_model(
-                key_init,
-                self._model,
-                model_args,
-                model_kwargs,
-                num_chains=num_chains,
-                num_starts=_NUM_STARTS,
-                init_strategy=self._init_strategy,
-                init_params=init_params,
-                forward_mode=self._forward_mode,
+        """Make the state of one trained sampler and of the chains that share it."""
+        args, kwargs = run.model_args, run.model_kwargs
+        chains = () if is_prng_key(rng_key) else (len(rng_key),)
+        over = jax.vmap if chains else lambda function: function
+        split = over(jax.random.split)(rng_key)
+        key_system, keys = (over(lambda own, k=k: own[k])(split) for k in range(2))
+        key_problem, key_guide, key_start = jax.random.split(key_system[0] if chains else key_system, 3)
+        problem = self._make_problem(key_problem, init_params, args, kwargs, chains[0] if chains else 1)
+        self._remember(problem, args, kwargs)
+        data, dim = fingerprint(args, kwargs), problem.starts.shape[1]
+        if not dim:
+            return _without_latents(problem, rng_key, chains, run, data)
+        if run.num_warmup < 1:
+            raise ValueError(
+                f"`num_warmup` must be at least 1, got {run.num_warmup}: the sampler is trained during "
+                "warm-up. To go on from a trained one, set `mcmc.post_warmup_state`."
             )
-            self._postprocess_gen = problem.postprocess_gen
+        self._known = data if isinstance(data, np.ndarray) else None
+        chain = self._chain(problem)
+        if run.training is None:
+            target = chain.target(jnp.asarray(problem.offset), args, kwargs)
+            precondition = self._whitening(key_guide, dim, args, kwargs)
+            order = jnp.asarray(problem.order)
+            warm = find_start(
+                key_start, target, problem.starts, problem.scouts, order, precondition, chain.local
+            )
+            run.structure = run.structure or _structure(warm, self._local_kernel)
+            warm = _simplified(warm, run.structure)
         else:
-            problem = from_potential(
-                key_init,
-                self._potential_fn,
-                init_params,
-                num_chains=num_chains,
-                num_starts=_NUM_STARTS,
-            )
-        dim = problem.starts.shape[1]
+            warm = run.training.warm
+        assert run.structure is not None
+        rounds = max(1, self._block_size // ((chains[0] if chains else 1) * self._steps_per_draw))
+        state = chain.init(
+            keys,
+            warm,
+            args,
+            kwargs,
+            run.num_warmup,
+            (*chains, rounds, self._steps_per_draw),
+            doubtful=ensembles and run.structure.doubtful,
+            still=run.structure.still,
+            data=data,
+        )
+        if run.keys is None or not self._shared:
+            return state
+        if run.training is None:
+            run.training = chain.trained(state, args, kwargs)
+            return state._replace(training=run.training)
+        # paid for by the first chain
+        return state._replace(
+            training=run.training._replace(gradients=jnp.zeros_like(run.training.gradients))
+        )
+
+    def _whitening(
+        self, key: Key, dim: int, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
+    ) -> Precondition:
         precondition = self._precondition
         if isinstance(precondition, AutoGuide):
             assert self._model is not None  # checked by the constructor
-            key_guide, key_state = jax.random.split(key_state)
-            precondition = guide_moments(key_guide, precondition, self._model, model_args, model_kwargs)
+            precondition = guide_moments(key, precondition, self._model, model_args, model_kwargs)
         if isinstance(precondition, tuple) and len(precondition[0]) != dim:
             raise ValueError(
                 f"`precondition` is for dimension {len(precondition[0])}, but the posterior has "
                 f"dimension {dim} on the unconstrained space."
             )
-        chain = learned_chain(
-            problem,
-            lambda target, warm: self._algorithm(target, warm, num_warmup),
-            model_args,
-            model_kwargs,
-            num_warmup=num_warmup,
-            shorten=self._shortens,
-            chains=chains,
-            precondition=precondition,
-            corrected=self._correction is not None,
-            block_size=self._block_size,
-            steps_per_draw=self._steps_per_draw,
-            ensembles=ensembles,
-            local=self._local_move(),
-            forward_mode=self._forward_mode,
-        )
-        self._sample_fn = chain.sample
-        self._propose_fn, self._weigh_fn = _compiled(chain.propose), _compiled(chain.weigh)
-        key_start, key_state = jax.random.split(key_state)
-        warm = chain.start(key_start, problem.starts, problem.scouts)
-        return chain.init(key_state, *self._simplify(warm, model_args, model_kwargs))
+        return precondition
 
     def _local_move(self) -> LocalMove | None:
         if self._local_kernel is None:
             return None
         return local_move("hmc" if self._local_kernel == "auto" else self._local_kernel)
 
-    def _simplify(
-        self, warm: WarmStart, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[WarmStart, bool]:
-        """Drop what does nothing, for programs that are smaller and faster to compile.
 
-        Of the warm start, parts that are the identity; where its draws alone would do, ensembles of
-        proposals; and where they are nearly exact, local moves if `local_kernel` is 'auto'. Chains
-        that are set up one after the other follow the first, so that their states can be stacked.
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Describe arguments as far as the sites of a model depend on them."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    return structure, [
+        (leaf.shape, str(leaf.dtype)) if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves
+    ]
 
-        Returns:
-            The warm start, and whether proposals may turn out to be poor.
-        """
-        reference, whitening = warm.reference, warm.whitening
-        if not not_jax_tracer(warm.khat):
-            return warm, True
-        data = jax.tree.leaves((args, kwargs))
-        before = self._structure
-        same = before is not None and len(before[0]) == len(data)
-        if before is None or not (same and all(map(operator.is_, before[0], data))):
-            num = int(np.sum(np.isfinite(reference.log_weight)))
-            margins = whitening.margins is not None and bool(np.any(whitening.margins.slope != 1.0))
-            # between an effective fraction of a half and nine tenths a chain may stick for many draws
-            still = bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
-            before = data, num, margins, not bool(warm.usable()), still
-            self._structure = before
-        _, num, margins, doubtful, still = before
-        if self._local_kernel == "auto" and still:
-            warm = warm._replace(step_size=None)
-        if whitening.margins is None:
-            return warm, doubtful
-        # a single component is N(0, I): see `warm_start`
-        reference = normal(reference.centre.shape[1]) if num == 1 else largest(reference, num)
-        whitening = whitening if margins else whitening._replace(margins=None)
-        return warm._replace(reference=reference, whitening=whitening), doubtful
+
+def _absolute(log_weight: Any, state: KernelState) -> Any:
+    """Give log weights their offset back, in float64 where they are values."""
+    assert state.training is not None
+    offset: Any = state.training.offset
+    if not_jax_tracer(log_weight):
+        log_weight, offset = np.asarray(log_weight, np.float64), np.asarray(offset, np.float64)
+    return log_weight + (offset[:, None] if offset.ndim else offset)
+
+
+def _structure(warm: WarmStart, local_kernel: str | None) -> Structure:
+    """Say what does nothing, for programs that are smaller and faster to compile.
+
+    Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals;
+    and where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
+    """
+    if not not_jax_tracer(warm.khat):
+        return Structure(None, True, True, False)
+    margins = warm.whitening.margins
+    # between an effective fraction of a half and nine tenths a chain may stick for many draws
+    still = local_kernel == "auto" and bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
+    return Structure(
+        int(np.sum(np.isfinite(warm.reference.log_weight))),
+        margins is not None and bool(np.any(margins.slope != 1.0)),
+        not bool(warm.usable()),
+        still,
+    )
+
+
+def _simplified(warm: WarmStart, structure: Structure) -> WarmStart:
+    """Drop components and margins that are not there."""
+    if structure.num_components is None or warm.whitening.margins is None:
+        return warm
+    # a single component is N(0, I): see `warm_start`
+    dim = warm.reference.centre.shape[1]
+    one = structure.num_components == 1
+    reference = normal(dim) if one else largest(warm.reference, structure.num_components)
+    whitening = warm.whitening if structure.margins else warm.whitening._replace(margins=None)
+    return warm._replace(reference=reference, whitening=whitening)
+
+
+def _without_latents(
+    problem: Problem, rng_key: Key, chains: tuple[int, ...], run: Run, data: Any
+) -> KernelState:
+    """Make the state of a model without latent values: there is nothing to learn or to draw."""
+    z = problem.positions if chains else jax.tree.map(lambda leaf: leaf[0], problem.positions)
+    one = jax.tree.map(lambda leaf: leaf[0], problem.positions)
+    energy = problem.potential_gen(*run.model_args, **run.model_kwargs)(one)
+    blank, zero = jnp.zeros(chains), jnp.zeros((), jnp.int32)
+    return KernelState(
+        i=zero,
+        z=z,
+        potential_energy=blank + energy,
+        log_weight=blank - energy,
+        accept_prob=blank + 1.0,
+        mean_accept_prob=blank + 1.0,
+        diverging=jnp.zeros(chains, bool),
+        nonfinite_proposals=jnp.zeros(chains, jnp.int32),
+        training=None,
+        block=None,
+        used=zero,
+        num_draws=zero,
+        data=jnp.asarray(data),
+        next_key=jax.random.key_data(rng_key),
+        rng_key=rng_key,
+    )

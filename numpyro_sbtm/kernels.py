@@ -11,7 +11,6 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_sbtm.adapter import LearnedKernel
-from numpyro_sbtm.chain import Precondition, WarmStart
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.anneal import Annealing, convolution, dilation, geometric, tempering
 from numpyro_sbtm.core.controlled import (
@@ -39,6 +38,8 @@ from numpyro_sbtm.core.process import Net, Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
+from numpyro_sbtm.start import Precondition
+from numpyro_sbtm.state import WarmStart
 
 __all__ = [
     "ANNEALINGS",

@@ -19,6 +19,7 @@ from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.target import Key, LogDensity
+from numpyro_sbtm.core.variational import climb
 from numpyro_sbtm.lapack import most_points
 from numpyro_sbtm.stages import run_stages
 
@@ -29,6 +30,8 @@ _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
 _MAX_BYTES = 2**28  # of an array over all points at which a density is evaluated together
 _MAX_TOGETHER = 8192  # points that are never too many
+_ROUNDED = 1e3  # size of log densities from which float32 rounds more than a ten-thousandth away
+_OFFSET_STEPS = 50
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
 
@@ -47,6 +50,7 @@ class Problem(NamedTuple):
         unravel: from a point of R^d to unconstrained values.
         together: at how many points the density may be evaluated at once, by the memory that takes.
         most: at how many points it may be evaluated at all at once; None: at any number.
+        offset: about the largest log density, where float32 would round differences of such numbers; else 0.
     """
 
     potential_gen: Callable[..., Callable[[Any], Float[Array, ""]]]
@@ -58,6 +62,7 @@ class Problem(NamedTuple):
     unravel: Callable[[Float[Array, " d"]], Any]
     together: int
     most: int | None
+    offset: float | Float[Array, ""] = 0.0
 
     @property
     def small(self) -> bool:
@@ -134,16 +139,27 @@ def from_model(
             "`init_to_value(values=...)` with a point of finite density."
         ) from error
     values = info.param_info.z
-    if not jax.tree.leaves(values):
-        raise ValueError(
-            "`model` has no continuous latent site, so there is nothing to sample. "
-            "Use `numpyro.infer.Predictive` to simulate it."
+    # chains come last: what is searched from does not depend on how many there are
+    positions = jax.tree.map(lambda leaf: leaf[num_starts:], values)
+    prototype = _prototype(values)
+    empty, unravel = ravel_pytree(prototype)
+    if not empty.size:
+        nothing = jnp.zeros((num_starts, 0))
+        return Problem(
+            info.potential_fn,
+            info.postprocess_fn,
+            positions,
+            nothing,
+            nothing,
+            np.arange(0),
+            unravel,
+            together=_MAX_TOGETHER,
+            most=None,
         )
-    flat = _flat(values)
-    starts = flat[num_chains : num_chains + half]
+    flat = _flat(values)[:num_starts]
+    starts = flat[:half]
     potential_fn = info.potential_fn(*model_args, **model_kwargs)
-    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat[num_chains:])
-    positions = jax.tree.map(lambda leaf: leaf[:num_chains], values)
+    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat)
     if init_params is not None:
         expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
         got = {name: jnp.shape(leaf) for name, leaf in init_params.items()}
@@ -154,8 +170,7 @@ def from_model(
             )
         positions = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), init_params, positions)
         starts = jnp.concatenate([_flat(positions), starts])[:half]
-    prototype = _prototype(values)
-    _, unravel = ravel_pytree(prototype)
+    evaluate = lambda x: -potential_fn(unravel(x))  # noqa: E731
     return Problem(
         info.potential_fn,
         info.postprocess_fn,
@@ -164,8 +179,31 @@ def from_model(
         scouts,
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
-        *_at_once(lambda x: potential_fn(unravel(x)), starts[0], forward_mode),
+        *_at_once(evaluate, starts[0], forward_mode),
+        offset=_offset(evaluate, jnp.concatenate([starts, scouts[:half]]), forward_mode),
     )
+
+
+def _offset(
+    log_density: LogDensity, starts: Float[Array, "s d"], forward_mode: bool
+) -> float | Float[Array, ""]:
+    """Choose an offset for log densities that float32 would round: about the value at a mode."""
+    if starts.dtype != jnp.float32 or not not_jax_tracer(starts):
+        return 0.0
+    values = jax.jit(jax.vmap(log_density))(starts)
+    best = jnp.argmax(jnp.where(jnp.isfinite(values), values, -jnp.inf))
+    if abs(float(values[best])) < _ROUNDED:
+        return 0.0
+    # where it is so large it changes as much on the way to a mode
+    differentiable = jax.custom_vjp(log_density)
+    differentiate = (
+        (lambda x: (log_density(x), jax.jacfwd(log_density)(x)))
+        if forward_mode
+        else (jax.value_and_grad(log_density))
+    )
+    differentiable.defvjp(differentiate, lambda score, cotangent: (cotangent * score,))
+    top = jax.jit(lambda x: climb(differentiable, x, _OFFSET_STEPS))(starts[best])
+    return float(jnp.maximum(log_density(top), values[best]))
 
 
 def _scouts(
@@ -302,8 +340,10 @@ def from_potential(
         return potential_fn
 
     order = np.arange(flat.shape[1])
-    at_once = _at_once(lambda x: potential_fn(unravel(x)), starts[0], False)
-    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, *at_once)
+    evaluate = lambda x: -potential_fn(unravel(x))  # noqa: E731
+    at_once = _at_once(evaluate, starts[0], False)
+    offset = _offset(evaluate, starts, False)
+    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, *at_once, offset)
 
 
 def logdensity(

@@ -221,7 +221,8 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         rng_key = jax.random.fold_in(state.rng_key if single else state.rng_key[0], 1)
     each = num_proposals if single else -(-num_proposals // len(state.rng_key))
     proposals = kernel.propose(state, each, rng_key, mcmc._args, mcmc._kwargs)
-    log_weight = clean(proposals.log_weight.reshape(-1))
+    offset = float(np.max(np.asarray(state.training.offset)))
+    log_weight = clean(jnp.asarray(proposals.log_weight.reshape(-1) - offset))
     log_z, log_z_se = (float(value) for value in log_evidence(log_weight))
     fraction = float(ess_fraction(log_weight))
     finite = np.isfinite(np.asarray(log_weight))
@@ -231,7 +232,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     max_rhat = _max_rhat(mcmc.get_samples(group_by_chain=True))
     backward = float("nan")
     if kernel.correction is not None:
-        inverse = np.ravel(np.asarray(state.log_mean_inverse_weight))
+        inverse = -np.ravel(np.asarray(mcmc.get_extra_fields()["log_weight"], np.float64))
         backward = -float(np.logaddexp.reduce(inverse) - np.log(inverse.size))
     if khat + 2.0 * tail_index_error(khat, log_weight.size) > FINITE_VARIANCE_KHAT:
         disagreement = abs(backward - log_z) if np.isfinite(backward) else 0.0
@@ -251,16 +252,18 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         drift,
         searched=state.training.warm.points is not None,
     )
+    if np.any(np.asarray(state.training.data) != np.asarray(state.data)) and verdict == "reliable":
+        verdict, advice = "caution", "the sampler was trained for other data: run warm-up again"
     return Report(
         verdict=verdict,
         advice=advice,
         acceptance=acceptance,
         khat=khat,
         ess_fraction=fraction,
-        log_evidence=log_z,
+        log_evidence=log_z + offset,
         log_evidence_se=log_z_se,
-        backward_log_evidence=backward,
-        elbo=float(np.mean(np.asarray(log_weight)[finite])) if finite.any() else float("-inf"),
+        backward_log_evidence=backward + offset,
+        elbo=offset + float(np.mean(np.asarray(log_weight)[finite])) if finite.any() else float("-inf"),
         max_rhat=max_rhat,
         warm_start_ess_fraction=float(np.min(np.asarray(state.training.warm.ess_fraction))),
         warm_start_khat=float(np.max(np.asarray(state.training.warm.khat))),

@@ -147,8 +147,7 @@ def test_every_chain_method_gives_valid_chains_and_fields(method, kind):
 
     state = mcmc.last_state
     shared = method == "shared"
-    assert kernel.is_ensemble_kernel == shared
-    assert is_prng_key(state.rng_key) == shared
+    assert not is_prng_key(state.rng_key)  # one for every chain
     assert state.training.loss.shape == ((WARMUP,) if shared else (chains, WARMUP))
     assert np.all(np.asarray(state.i) == WARMUP + 20)
     if shared:  # the same kernel again, for data of another shape and a model of other sites
@@ -221,8 +220,7 @@ def test_warmup_then_run_is_run_and_thinning_takes_every_third(trained):
 def test_pickled_runs_and_kernels_go_on(trained):
     kernel = pickle.loads(pickle.dumps(trained.mcmc.sampler))
     assert type(kernel) is type(trained.mcmc.sampler)
-    with pytest.raises(RuntimeError, match="not been set up"):
-        kernel.propose(trained.state, 10, random.key(0), (Y,))
+    assert kernel.propose(trained.state, 10, random.key(0), (Y,)).x.shape == (10, 3)
     mcmc = pickle.loads(trained.pickled)
     assert_same_tree(mcmc.get_samples(), trained.samples)
     mcmc.post_warmup_state = mcmc.last_state

@@ -17,6 +17,7 @@ __all__ = [
     "Family",
     "Fit",
     "Shape",
+    "climb",
     "diagonal_guesses",
     "first_guesses",
     "fit",
@@ -38,7 +39,7 @@ _MAX_STEADY_CHUNKS = 8
 _RISING = 0.05  # nats by which the best ELBO rises in a chunk while it is worth going on
 
 
-def _climb(logdensity_fn: LogDensity, start: Float[Array, " d"], num_steps: int) -> Float[Array, " d"]:
+def climb(logdensity_fn: LogDensity, start: Float[Array, " d"], num_steps: int) -> Float[Array, " d"]:
     """Climb towards a mode by L-BFGS until it gains next to nothing; returns the best finite point met."""
     optimiser = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
 
@@ -352,7 +353,7 @@ def first_guesses(
     logdensity_fn = _sorted_density(target, order)
     num, dim = starts.shape
     starts = starts[:, order]
-    tops = jax.vmap(lambda y: _climb(logdensity_fn, y, 100))(jnp.concatenate([starts, scouts[:, order]]))
+    tops = jax.vmap(lambda y: climb(logdensity_fn, y, 100))(jnp.concatenate([starts, scouts[:, order]]))
     locs = jnp.concatenate([tops[:num], _furthest(tops, num, _DISTANT_TOPS)])
     # one at a time: two batched LAPACK calls that XLA runs side by side can block a two-core machine
     trils = jax.lax.map(lambda y: _laplace(logdensity_fn, y), locs)
@@ -415,7 +416,7 @@ def diagonal_guesses(target: Target, starts: Float[Array, "s d"]) -> LowRank:
     Returns:
         Stacked maps, leading axis 2 s.
     """
-    tops = jax.vmap(lambda y: _climb(target.logdensity_fn, y, 100))(starts)
+    tops = jax.vmap(lambda y: climb(target.logdensity_fn, y, 100))(starts)
     locs = jnp.concatenate([tops, starts])
     std = jnp.where(jnp.arange(len(locs)) < len(tops), _NARROW, 1.0)[:, None] * jnp.ones_like(locs)
     num, dim = locs.shape
