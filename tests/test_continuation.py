@@ -93,13 +93,13 @@ def test_warmup_then_run_is_run_and_the_first_chain_is_that_of_a_run_alone(metho
     def model():
         numpyro.sample("x", dist.Normal(0, 1))
 
-    key = random.key(0)
-    mcmc = run(make("dis", model), num_samples=10, num_chains=2, chain_method=method)
+    key, block = random.key(0), {"block_size": 256}  # one block will do: it is split among the chains
+    mcmc = run(make("dis", model, **block), num_samples=10, num_chains=2, chain_method=method)
     expected = mcmc.get_samples()["x"]
     mcmc.warmup(key)
     mcmc.run(mcmc.last_state.rng_key)
     np.testing.assert_array_equal(mcmc.get_samples()["x"], expected)
-    alone = MCMC(make("dis", model), num_warmup=WARMUP, num_samples=10, progress_bar=False)
+    alone = MCMC(make("dis", model, **block), num_warmup=WARMUP, num_samples=10, progress_bar=False)
     alone.run(random.split(key)[0])
     np.testing.assert_allclose(expected[:10], alone.get_samples()["x"], atol=1e-5)
 
