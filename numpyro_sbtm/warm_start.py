@@ -295,7 +295,7 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
         ``[s, d]``; and scouts, points that lie as widely as the target may, such as draws of the prior,
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
-        shape ``[n, d]``; the number of target gradients spent, without those of the climbs, which are few;
+        shape ``[n, d]``; the number of target gradients spent, without the few of `first_guesses`;
         the particles' drift (see `tempered_particles`); and a random key for what comes next.
 
     Raises:
