@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc import hmc, nuts
 from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import Key, LogDensity
+from numpyro_sbtm.lazy import load
 
 __all__ = ["LOCAL_KERNELS", "LocalMove", "local_move"]
 
@@ -46,8 +46,9 @@ def local_move(name: str) -> LocalMove:
         >>> u.shape, float(probability) > 0.9
         ((2,), True)
     """
+    hmc = load("blackjax.mcmc.hmc")
     if name == "nuts":
-        kernel: Any = nuts.build_kernel()
+        kernel: Any = load("blackjax.mcmc.nuts").build_kernel()
         extra: tuple[int, ...] = ()
     else:
         kernel = hmc.build_kernel()

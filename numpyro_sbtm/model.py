@@ -367,16 +367,30 @@ def logdensity(
     if not sizes and not forward_mode:
         return evaluate
 
-    def with_score(x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
-        if forward_mode:
-            return evaluate(x), jax.jacfwd(evaluate)(x)
-        return jax.value_and_grad(evaluate)(x)
+    score_of = (jax.jacfwd if forward_mode else jax.grad)(evaluate)
 
-    value, value_and_score = evaluate, with_score
+    def with_score(x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
+        return (evaluate(x), score_of(x)) if forward_mode else jax.value_and_grad(evaluate)(x)
+
+    def curved(x: Float[Array, " d"], v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The Hessian times a vector."""
+        return jax.jvp(score_of, (x,), (v,))[1] if forward_mode else jax.vjp(score_of, x)[1](v)[0]
+
+    value, value_and_score, hessian_product = evaluate, with_score, curved
     if sizes:
-        value, value_and_score = (_in_batches(f, min(sizes)) for f in (evaluate, with_score))
+        value, value_and_score, hessian_product = (
+            _in_batches(f, min(sizes)) for f in (evaluate, with_score, curved)
+        )
+
+    def residuals(x: Float[Array, " d"]) -> tuple[Any, Any]:
+        found = value_and_score(x)
+        return found, (x, found[1])
+
+    # only gradients through simulated paths differentiate the score
+    scored = jax.custom_vjp(value_and_score)
+    scored.defvjp(residuals, lambda kept, c: (c[0] * kept[1] + hessian_product(kept[0], c[1]),))
     differentiable = jax.custom_vjp(value)
-    differentiable.defvjp(value_and_score, lambda score, cotangent: (cotangent * score,))
+    differentiable.defvjp(scored, lambda score, cotangent: (cotangent * score,))
     return differentiable
 
 
@@ -398,39 +412,52 @@ def _at_once(
 
 
 def _in_batches(function: Callable[..., Any], together: int) -> Callable[..., Any]:
-    """Make a function of one point that, under `vmap`, is evaluated at so many points at a time."""
+    """Make a function of points of R^d that is evaluated at so many of them at a time, however it is batched.
 
-    def wrap(batched: Callable[..., Any], size: int) -> Callable[..., Any]:
-        wrapped = jax.custom_batching.custom_vmap(batched)
+    All `vmap`s around it become one batch, which is cut into equal blocks. Where data of the model are
+    batched too, one set of them comes after the other.
+    """
 
-        def rule(axis_size: int, in_batched: list[bool], *args: Array) -> tuple[Any, Any]:
-            if size * axis_size <= together:
-                axes = [0 if mapped else None for mapped in in_batched]
-                out = wrap(jax.vmap(batched, axes), size * axis_size)(*args)
-            else:
-
-                def one(mapped: list[Array]) -> Any:
-                    rest = iter(mapped)
-                    return batched(*(next(rest) if m else a for m, a in zip(in_batched, args, strict=True)))
-
-                mapped = [arg for m, arg in zip(in_batched, args, strict=True) if m]
-                out = jax.lax.map(one, mapped, batch_size=max(1, together // size))
-            return out, jax.tree.map(lambda _: True, out)
-
-        wrapped.def_vmap(rule)
-        return wrapped
-
-    def evaluate(x: Float[Array, " d"]) -> Any:
+    def evaluate(*points: Float[Array, " d"]) -> Any:
         # data stay constants of the inner program: a branch under `vmap` would make a copy for every point
-        program, out = jax.make_jaxpr(jax.jit(function), return_shape=True)(x)
+        program, out = jax.make_jaxpr(jax.jit(function), return_shape=True)(*points)
 
-        def call(x: Array, *traced: Array) -> Any:
-            flat = jax.core.eval_jaxpr(program.jaxpr, traced, x)
-            return jax.tree.unflatten(jax.tree.structure(out), flat)
+        @jax.custom_batching.custom_vmap
+        def many(points: tuple[Float[Array, "n d"], ...], data: list[Array]) -> Any:
+            def one(points: tuple[Float[Array, " d"], ...]) -> Any:
+                flat = jax.core.eval_jaxpr(program.jaxpr, data, *points)
+                return jax.tree.unflatten(jax.tree.structure(out), flat)
 
-        return wrap(call, 1)(x, *program.consts)
+            num = len(points[0])
+            rounds = -(-num // together)
+            if rounds == 1:
+                return jax.vmap(one)(points)
+            # the last point again and again fills the last block: a remainder would be a second program
+            which = jnp.minimum(jnp.arange(rounds * -(-num // rounds)), num - 1).reshape(rounds, -1)
+            found = jax.lax.map(lambda block: jax.vmap(one)(tuple(p[block] for p in points)), which)
+            return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], found)
 
-    # only Hessians differentiate once more, at few points
-    differentiable = jax.custom_jvp(evaluate)
-    differentiable.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
-    return differentiable
+        @many.def_vmap
+        def rule(size: int, in_batched: Any, points: Any, data: list[Array]) -> tuple[Any, Any]:
+            wide = tuple(
+                p if batched else jnp.broadcast_to(p, (size, *p.shape))
+                for p, batched in zip(points, in_batched[0], strict=True)
+            )
+            if any(in_batched[1]):
+                mapped = [leaf for leaf, batched in zip(data, in_batched[1], strict=True) if batched]
+
+                def one_set(given: tuple[Any, list[Array]]) -> Any:
+                    rest = iter(given[1])
+                    own = [next(rest) if b else leaf for leaf, b in zip(data, in_batched[1], strict=True)]
+                    return many(given[0], own)
+
+                found = jax.lax.map(one_set, (wide, mapped))
+            else:
+                flat = many(tuple(p.reshape(-1, *p.shape[2:]) for p in wide), data)
+                found = jax.tree.map(lambda leaf: leaf.reshape(size, -1, *leaf.shape[1:]), flat)
+            return found, jax.tree.map(lambda _: True, found)
+
+        found = many(tuple(p[None] for p in points), list(program.consts))
+        return jax.tree.map(lambda leaf: leaf[0], found)
+
+    return evaluate

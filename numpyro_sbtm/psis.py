@@ -2,9 +2,10 @@
 """The tail index of importance weights, in JAX."""
 
 import jax.numpy as jnp
-from blackjax.diagnostics import psis_weights
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
+
+from numpyro_sbtm.lazy import load
 
 __all__ = [
     "FINITE_VARIANCE_KHAT",
@@ -49,6 +50,7 @@ def tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
     spread = largest - jnp.min(jnp.where(alive, log_weight, jnp.inf))
     # weights of zero are kept, far below the rest: they do not belong to the tail
     floor = largest - (700.0 if log_weight.dtype == jnp.float64 else 80.0)
+    psis_weights = load("blackjax.diagnostics").psis_weights
     _, khat = psis_weights(jnp.where(alive, log_weight, floor))
     khat = jnp.where(jnp.isfinite(khat), khat, jnp.inf)
     khat = jnp.where(spread < _EQUAL, -jnp.inf, khat)

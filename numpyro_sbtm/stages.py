@@ -31,6 +31,19 @@ def _compiled(lowered: Lowered) -> Compiled:
     return lowered.compile()
 
 
+def _call(program: Compiled, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Call a program with its inputs where its data are, which may be spread over several devices."""
+
+    def place(value: Any, sharding: Any) -> Any:
+        if not isinstance(value, jax.Array) or sharding is None:
+            return value
+        # what lies there already must not be bound to its device
+        there = value.sharding.is_equivalent_to(sharding, value.ndim)
+        return value if there else jax.device_put(value, sharding)
+
+    return program(*jax.tree.map(place, values, program.input_shardings[0]))
+
+
 def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
     """Run functions one after the other, each on what the last one returned.
 
@@ -64,5 +77,5 @@ def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
             shapes = lowered.out_info
             programs.append(pool.submit(_compiled, lowered))
         for program in programs:
-            values = program.result()(*values)
+            values = _call(program.result(), values)
     return values

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The warm start: where the posterior is, before anything is learned."""
 
-import blackjax.smc.resampling as resampling
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc import hmc
-from blackjax.smc import adaptive_tempered
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.likelihood import fit_points
@@ -29,6 +26,7 @@ from numpyro_sbtm.core.whitening import (
     unwhiten,
     whiten,
 )
+from numpyro_sbtm.lazy import load
 from numpyro_sbtm.stages import Stage
 
 __all__ = ["tempered_particles", "warm_start"]
@@ -89,6 +87,7 @@ def tempered_particles(
         0.0
     """
     dim = target.dim
+    hmc, adaptive_tempered = load("blackjax.mcmc.hmc"), load("blackjax.smc.adaptive_tempered")
 
     def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:
         return _or_very_low(target.logdensity_fn(x) - base.log_prob(x))
@@ -100,7 +99,7 @@ def tempered_particles(
         log_ratio,
         hmc.build_kernel(),
         hmc.init,
-        resampling.systematic,
+        load("blackjax.smc.resampling").systematic,
         target_ess=0.7,
     )
 
@@ -178,6 +177,7 @@ def _refine(
         the particles, where ``first`` whitens; and what `_drift` says of the last moves.
     """
     n, dim = particles.shape
+    hmc = load("blackjax.mcmc.hmc")
     inverse_mass_matrix, kernel = jnp.ones(dim, particles.dtype), hmc.build_kernel()
 
     def moved(key: Key, whitening: Whitening, x: Float[Array, "n d"]):  # type: ignore[no-untyped-def]
@@ -295,7 +295,7 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
         ``[s, d]``; and scouts, points that lie as widely as the target may, such as draws of the prior,
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
-        shape ``[n, d]``; the number of target gradients spent, without those of the climbs, which are few;
+        shape ``[n, d]``; the number of target gradients spent, without the few of `first_guesses`;
         the particles' drift (see `tempered_particles`); and a random key for what comes next.
 
     Raises:

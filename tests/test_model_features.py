@@ -8,6 +8,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import KERNELS, run_chains
+from jax.extend.core import jaxprs_in_params
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import NUTS, init_to_uniform, log_likelihood
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal
@@ -149,7 +150,7 @@ def test_large_data_is_evaluated_a_few_points_at_a_time():
     np.testing.assert_allclose(scores, exact, rtol=1e-3, atol=20.0)
     one = -problem.potential_gen(x, y)({"slope": slopes[3, 5]})
     np.testing.assert_allclose(values[3, 5], one, rtol=1e-5)
-    hessian = jax.jit(jax.hessian(logdensity(problem, (x, y), {}, False)))(slopes[0, 0])
+    hessian = jax.jit(jax.jacrev(jax.grad(logdensity(problem, (x, y), {}, False))))(slopes[0, 0])
     np.testing.assert_allclose(hessian, -x.T @ x - np.eye(3) / 4.0, rtol=1e-3, atol=20.0)
 
 
@@ -223,6 +224,76 @@ def test_densities_of_independent_factorisations_keep_their_values(monkeypatch):
     np.testing.assert_allclose(jax.jit(branches)(points), positive, rtol=1e-5)
     np.testing.assert_allclose(values, exact, rtol=1e-5)
     np.testing.assert_allclose(scores, exact_scores, rtol=1e-4, atol=1e-5)
+
+
+def largest_batch(function, *args):
+    """How many matrices a program factorises at once, at most."""
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "cholesky":
+                yield int(np.prod(equation.invars[0].aval.shape[:-2]))
+            for inner in jaxprs_in_params(equation.params):
+                yield from walk(inner)
+
+    return max(walk(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def scanned(density):
+    return lambda x: jax.lax.scan(lambda c, y: (c + density(x + y), None), 0.0, jnp.zeros(3))[0]
+
+
+def looped(density):
+    def advance(carry):
+        return carry[0] + 1.0, carry[1] + 0.1 * jax.grad(density)(carry[1])
+
+    return lambda x: jnp.sum(jax.lax.while_loop(lambda c: c[0] < jnp.abs(x[0]), advance, (0.0, x))[1])
+
+
+def branched(density):
+    return lambda x: jax.lax.cond(x[0] > 0.0, density, lambda x: jnp.sum(x), x)
+
+
+@pytest.mark.parametrize("use", [lambda density: density, scanned, looped, branched])
+@pytest.mark.parametrize("held", ["by the model", "one for each"])
+@pytest.mark.parametrize("shape", [(20, 1024), (3, 5, 70)])
+def test_batches_of_batches_keep_to_the_limit(use, held, shape, monkeypatch):
+    """Two maps of 20 and of 1,024 points were 9,240 factorisations at once where 462 were allowed."""
+    monkeypatch.setattr(lapack, "_WAITING", True)
+    monkeypatch.setattr(lapack.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    data = jnp.asarray(PAIRS)
+
+    def potential_gen(data):
+        def potential(x):
+            normals = [dist.MultivariateNormal(covariance_matrix=jnp.eye(2) + y**2) for y in x]
+            return -sum(normal.log_prob(data).sum() for normal in normals)
+
+        return potential
+
+    options = {"num_chains": 1, "num_starts": 2}
+    problem = from_potential(jax.random.key(0), potential_gen(data), jnp.zeros((1, 2)), **options)
+    problem = problem._replace(most=100, potential_gen=potential_gen)
+
+    def values(x, data):
+        function = use(logdensity(problem, (data,), {}, False))
+        for _ in x.shape[:-1]:
+            function = jax.vmap(function)
+        return function(x)
+
+    def gradients(x, data):
+        return jax.grad(lambda x: jnp.sum(values(x, data)))(x)
+
+    def curvatures(x, data):
+        return jax.grad(lambda x: jnp.sum(gradients(x, data) ** 2))(x)
+
+    x = jnp.ones((*shape, 2))
+    forms = [values] if use is looped else [values, gradients, curvatures]
+    for form in forms:
+        if held == "by the model":
+            most = largest_batch(lambda x, form=form: form(x, data), x)
+        else:
+            most = largest_batch(jax.vmap(form), jnp.stack(2 * [x]), jnp.stack(2 * [data]))
+        assert most <= 100
 
 
 # ------------------------------------------------------------------ downstream

@@ -15,7 +15,7 @@ from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 from numpyro_sbtm.core.likelihood import fit_points
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.variational import Fit, _pool, first_guesses, fit
+from numpyro_sbtm.core.variational import Fit, _laplace, _pool, first_guesses, fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
@@ -77,6 +77,38 @@ def test_whitening_keeps_the_integral():
     log_z, se = log_evidence(log_weight)
     assert 1e-3 < se < 0.02
     assert_within(log_z, 0.0, se)
+
+
+@pytest.mark.parametrize(
+    ("std", "correlation", "log_scale"),
+    [(np.logspace(-4, 4, 9), 0.5, 0.0), (np.full(20, 1e-3), 0.99, -1e4), (np.logspace(-2, 2, 50), 0.9, -1e5)],
+)
+def test_curvature_is_measured_at_every_scale(std, correlation, log_scale):
+    """In float32, of normal laws away from the origin, half a deviation from their modes too."""
+    dim = len(std)
+    cov = (correlation + (1.0 - correlation) * np.eye(dim)) * std * std[:, None]
+    whiten_by = np.linalg.inv(np.linalg.cholesky(cov))
+    mode, root = jnp.full(dim, 3.0), jnp.asarray(whiten_by, jnp.float32)
+
+    def density(x):
+        return log_scale - 0.5 * jnp.sum((root @ (x - mode)) ** 2)
+
+    found = jax.jit(jax.vmap(lambda x: _laplace(density, x)))(jnp.stack([mode, mode + 0.5 * std]))
+    for tril in found:
+        singular = np.linalg.svd(whiten_by @ np.asarray(tril, float), compute_uv=False)
+        np.testing.assert_allclose(singular, 1.0, atol=0.01)
+
+
+def test_curvature_needs_values_and_gradients_alone():
+    """A likelihood from outside JAX has no second derivatives; nor has every differential equation."""
+
+    @jax.custom_vjp
+    def outside(x):
+        return jax.pure_callback(lambda x: np.sum(x**2, -1), x[0], x, vmap_method="expand_dims")
+
+    outside.defvjp(lambda x: (outside(x), x), lambda x, c: (2.0 * c * x,))
+    tril = _laplace(lambda x: -0.5 * outside(x * jnp.array([1.0, 10.0])), jnp.zeros(2))
+    np.testing.assert_allclose(tril, np.diag([1.0, 0.1]), atol=1e-3)
 
 
 def test_the_fit_straightens_a_funnel_given_its_order():

@@ -30,6 +30,8 @@ _COUNTS = 0.01  # share of the evidence from which a fit is one of the modes
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
 _TEST_STEPS = 64  # sets of noise kept for comparing fits
 _LEAST_GAIN = 1e-5  # nats in one step of a climb, below which, three times in a row, it ends
+_DROP = 0.35  # nats, over steps that measure curvature
+_STEP_BOUNDS, _HALVINGS = (-26.0, 10.0), 6  # of the binary logarithm of a step, which is then known to .6
 _COMPARABLE = 20.0  # nats below the best ELBO, within which a fit elsewhere may be another mode
 _STEP_SIZE = 0.03
 _NARROW = 0.1  # deviations with which a fit without correlations begins at a mode
@@ -79,15 +81,47 @@ def _furthest(points: Float[Array, "m d"], num_given: int, num: int) -> Float[Ar
     return points[jax.lax.scan(choose, distance, length=num)[1]]
 
 
+def _steps(logdensity_fn: LogDensity, mode: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Find for every coordinate a step to both sides over which the log density drops by a tenth to a half.
+
+    More where rounding hides that much, and the longest step where it does not drop so far.
+    """
+    top = logdensity_fn(mode)
+    drop = jnp.maximum(_DROP, 16.0 * jnp.finfo(mode.dtype).eps * jnp.abs(top))
+
+    def halve(_, bounds):  # type: ignore[no-untyped-def]
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        there = jnp.diag(jnp.exp2(middle))
+        values = jax.vmap(logdensity_fn)(jnp.concatenate([mode + there, mode - there]))
+        # a saddle rises: that is as far as another mode's edge
+        within = jnp.abs(top - 0.5 * (values[: mode.size] + values[mode.size :])) < drop
+        return jnp.where(within, middle, low), jnp.where(within, high, middle)
+
+    bounds = tuple(jnp.full_like(mode, bound) for bound in _STEP_BOUNDS)
+    return jnp.exp2(jax.lax.fori_loop(0, _HALVINGS, halve, bounds)[0])
+
+
 def _laplace(logdensity_fn: LogDensity, mode: Float[Array, " d"]) -> Float[Array, "d d"]:
-    """Compute a Cholesky factor of the inverse Hessian at a point, with guarded eigenvalues."""
+    """Compute a Cholesky factor of the inverse Hessian at a point, with guarded eigenvalues.
+
+    Gradients at both ends of a step for every coordinate, not derivatives of the gradient: models may have
+    none, and these tell the curvature at the scale of the density. Costs 2 d gradients and 12 d values.
+    """
     dim = mode.shape[0]
-    hessian = -jax.hessian(logdensity_fn)(mode)
+    step = _steps(logdensity_fn, mode)
+    ends = jnp.concatenate([mode + jnp.diag(step), mode - jnp.diag(step)])
+    scores = jax.vmap(jax.grad(logdensity_fn))(ends)
+    # what was added is not the step, but that rounded
+    length = jnp.diagonal(ends[:dim] - ends[dim:])
+    # in units of the steps all curvatures are alike
+    hessian = -(step / length)[:, None] * (scores[:dim] - scores[dim:]) * step
+    hessian = 0.5 * (hessian + hessian.T)
     usable = jnp.all(jnp.isfinite(hessian))
     eigenvalues, vectors = jnp.linalg.eigh(jnp.where(usable, hessian, jnp.eye(dim)))
     # flat or inverted directions get a wide scale, not an infinite one
     floor = jnp.maximum(1e-6 * jnp.max(jnp.abs(eigenvalues)), 1e-6)
-    root = vectors / jnp.sqrt(jnp.maximum(jnp.abs(eigenvalues), floor))
+    root = step[:, None] * vectors / jnp.sqrt(jnp.maximum(jnp.abs(eigenvalues), floor))
     # L with L L^T = root root^T is the transposed R of QR(root^T); its signs make the diagonal positive
     upper = jnp.linalg.qr(root.T, mode="r")
     return (upper * jnp.where(jnp.diagonal(upper) < 0, -1.0, 1.0)[:, None]).T
@@ -249,7 +283,7 @@ class Fit(NamedTuple):
             where the best one does, or the pooled map suits the draws of all better, shape ``[]``.
         elbos: the ELBO of every fit, shape ``[f]``.
         draws: draws from every fit, those of failed fits not finite, shape ``[f, t, d]``.
-        gradients: target gradients spent, without those of the climbs, which are few, shape ``[]``.
+        gradients: target gradients spent, without those of the first guesses, which are few, shape ``[]``.
     """
 
     best: Whitening
@@ -348,7 +382,8 @@ def first_guesses(
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
 
     Returns:
-        Stacked maps, leading axis ``2 s + 4``.
+        Stacked maps, leading axis ``2 s + 4``. Costs a few dozen target gradients for every start and scout,
+        and a few d for each of ``s + 4`` tops.
     """
     logdensity_fn = _sorted_density(target, order)
     num, dim = starts.shape
