@@ -30,7 +30,7 @@ _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
 _MAX_BYTES = 2**28  # of an array over all points at which a density is evaluated together
 _MAX_TOGETHER = 8192  # points that are never too many
-_ROUNDED = 1e3  # size of log densities from which float32 rounds more than a ten-thousandth away
+_ROUNDED = 5e3  # size of log densities from which float32 rounds away half a thousandth and more
 _OFFSET_STEPS = 50
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
@@ -170,8 +170,7 @@ def from_model(
             )
         positions = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), init_params, positions)
         starts = jnp.concatenate([_flat(positions), starts])[:half]
-    evaluate = lambda x: -potential_fn(unravel(x))  # noqa: E731
-    return Problem(
+    problem = Problem(
         info.potential_fn,
         info.postprocess_fn,
         positions,
@@ -179,31 +178,26 @@ def from_model(
         scouts,
         _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
         unravel,
-        *_at_once(evaluate, starts[0], forward_mode),
-        offset=_offset(evaluate, jnp.concatenate([starts, scouts[:half]]), forward_mode),
+        *_at_once(lambda x: potential_fn(unravel(x)), starts[0], forward_mode),
     )
+    return _with_offset(problem, model_args, model_kwargs, forward_mode)
 
 
-def _offset(
-    log_density: LogDensity, starts: Float[Array, "s d"], forward_mode: bool
-) -> float | Float[Array, ""]:
+def _with_offset(
+    problem: Problem, model_args: tuple[Any, ...], model_kwargs: dict[str, Any], forward_mode: bool
+) -> Problem:
     """Choose an offset for log densities that float32 would round: about the value at a mode."""
+    starts = problem.starts
     if starts.dtype != jnp.float32 or not not_jax_tracer(starts):
-        return 0.0
+        return problem
+    log_density = logdensity(problem, model_args, model_kwargs, forward_mode)
     values = jax.jit(jax.vmap(log_density))(starts)
     best = jnp.argmax(jnp.where(jnp.isfinite(values), values, -jnp.inf))
     if abs(float(values[best])) < _ROUNDED:
-        return 0.0
+        return problem
     # where it is so large it changes as much on the way to a mode
-    differentiable = jax.custom_vjp(log_density)
-    differentiate = (
-        (lambda x: (log_density(x), jax.jacfwd(log_density)(x)))
-        if forward_mode
-        else (jax.value_and_grad(log_density))
-    )
-    differentiable.defvjp(differentiate, lambda score, cotangent: (cotangent * score,))
-    top = jax.jit(lambda x: climb(differentiable, x, _OFFSET_STEPS))(starts[best])
-    return float(jnp.maximum(log_density(top), values[best]))
+    top = jax.jit(lambda x: log_density(climb(log_density, x, _OFFSET_STEPS)))(starts[best])
+    return problem._replace(offset=float(jnp.maximum(top, values[best])))
 
 
 def _scouts(
@@ -340,10 +334,9 @@ def from_potential(
         return potential_fn
 
     order = np.arange(flat.shape[1])
-    evaluate = lambda x: -potential_fn(unravel(x))  # noqa: E731
-    at_once = _at_once(evaluate, starts[0], False)
-    offset = _offset(evaluate, starts, False)
-    return Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, *at_once, offset)
+    at_once = _at_once(lambda x: potential_fn(unravel(x)), starts[0], False)
+    problem = Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, *at_once)
+    return _with_offset(problem, (), {}, False)
 
 
 def logdensity(

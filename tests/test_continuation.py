@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that go on: under other data, other keys, another warm-up, another process, another number of chains."""
+"""Runs that go on: under other data, other keys, a longer warm-up, in another process, with other chains."""
 
 import pickle
 
@@ -12,10 +12,10 @@ import pytest
 from jax import random
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
+from test_kernel_driver import make, one_kind_quickly
 
 from numpyro_sbtm import adapter, report
 from numpyro_sbtm.fingerprint import fingerprint
-from test_kernel_driver import make, one_kind_quickly
 
 WARMUP = 6
 
