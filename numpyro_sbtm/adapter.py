@@ -19,6 +19,7 @@ from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_sbtm.chain import KernelState, Precondition, Proposals, Training, WarmStart, learned_chain
 from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import log_variance_at
@@ -96,7 +97,7 @@ class LearnedKernel(MCMCKernel):
     """Everything but the choice of the algorithm. Abstract; the kernels below are final."""
 
     sample_field = "z"
-    default_fields = ("diverging",)
+    default_fields = ("diverging", "log_weight")
 
     def __init__(
         self,
@@ -165,6 +166,7 @@ class LearnedKernel(MCMCKernel):
         self._sample_fn: Callable[..., KernelState] | None = None
         self._propose_fn: Callable[..., Proposals] | None = None
         self._weigh_fn: Callable[..., Float[Array, " n"]] | None = None
+        self._rays_fn: Callable[..., Rays] | None = None
         self._postprocess_gen: Callable[..., Any] | None = None
         self._structure: tuple[list[Any], int, bool, bool, bool] | None = None
 
@@ -313,6 +315,30 @@ class LearnedKernel(MCMCKernel):
         """
         return self._use(self._weigh_fn, state, rng_key, x, model_args, model_kwargs)
 
+    def rays(
+        self,
+        state: KernelState,
+        points: tuple[Float[Array, "n d"], Float[Array, " n"]],
+        rng_key: Key,
+        model_args: tuple[Any, ...] = (),
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Rays:
+        """Find out along which rays the density does not fall as that of a proper posterior must.
+
+        Args:
+            state: ``mcmc.last_state``, from any chain method.
+            points: proposals in the flattened unconstrained space and their log weights,
+                ``(x [n, d], log_weight [n])``.
+            rng_key: random key.
+            model_args: positional arguments of the model.
+            model_kwargs: keyword arguments of the model.
+
+        Returns:
+            Shares of rays without decay; with a leading axis ``[chains]`` where each chain has its own
+            sampler.
+        """
+        return self._use(self._rays_fn, state, rng_key, points, model_args, model_kwargs)
+
     def _use(
         self,
         compiled: Callable[..., Any] | None,
@@ -343,6 +369,7 @@ class LearnedKernel(MCMCKernel):
             "_sample_fn": None,
             "_propose_fn": None,
             "_weigh_fn": None,
+            "_rays_fn": None,
             "_postprocess_gen": None,
             "_structure": None,
         }
@@ -421,6 +448,7 @@ class LearnedKernel(MCMCKernel):
         )
         self._sample_fn = chain.sample
         self._propose_fn, self._weigh_fn = _compiled(chain.propose), _compiled(chain.weigh)
+        self._rays_fn = _compiled(chain.rays)
         key_start, key_state = jax.random.split(key_state)
         warm = chain.start(key_start, problem.starts, problem.scouts)
         return chain.init(key_state, *self._simplify(warm, model_args, model_kwargs))

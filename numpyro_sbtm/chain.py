@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Ensemble
+from numpyro_sbtm.core.decay import Rays, decay
 from numpyro_sbtm.core.mixture import Mixture, normal
 from numpyro_sbtm.core.target import Key, Target, after
 from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
@@ -106,7 +107,6 @@ class KernelState(NamedTuple):
     mean_accept_prob: Float[Array, "*chains"]
     diverging: Bool[Array, "*chains"]
     nonfinite_proposals: Int[Array, "*chains"]
-    log_mean_inverse_weight: Float[Array, "*chains"]
     training: Training
     block: Proposals
     rng_key: Key
@@ -123,8 +123,6 @@ A NamedTuple with the fields
  - **mean_accept_prob** - its mean since the end of warm-up.
  - **diverging** - whether a proposal of the last draw had a non-finite weight; such are never accepted.
  - **nonfinite_proposals** - how many proposals had since the end of warm-up.
- - **log_mean_inverse_weight** - log of the mean of 1/w over the states since the end of warm-up; for exact
-   chains minus it is an estimate of the log evidence, from the posterior's side.
  - **training** - the warm start, trained parameters, whether training is finished and after how many
    steps, loss of every warm-up step, updates skipped because their gradient was not finite, target
    gradients spent, and whether each proposal is chosen among several, as found at the first draw; None where
@@ -144,6 +142,8 @@ class LearnedChain(NamedTuple):
         sample: ``(state, model_args, model_kwargs) -> state``; a training step or a draw.
         propose: ``(key, training, n, model_args, model_kwargs) -> Proposals`` of leading axis ``[n]``.
         weigh: ``(key, training, x [n, d], model_args, model_kwargs) -> log weights [n]`` of given points.
+        rays: ``(key, training, (x [n, d], log weights [n]), model_args, model_kwargs) -> Rays``: along which
+            rays from such points the density does not fall.
     """
 
     start: Callable[[Key, Float[Array, "s d"], Float[Array, "m d"]], WarmStart]
@@ -151,6 +151,7 @@ class LearnedChain(NamedTuple):
     sample: Callable[[KernelState, tuple[Any, ...], dict[str, Any]], KernelState]
     propose: Callable[[Key, Training, int, tuple[Any, ...], dict[str, Any]], Proposals]
     weigh: Callable[[Key, Training, Float[Array, "n d"], tuple[Any, ...], dict[str, Any]], Float[Array, " n"]]
+    rays: Callable[[Key, Training, tuple[Array, Array], tuple[Any, ...], dict[str, Any]], Rays]
 
 
 def learned_chain(
@@ -293,6 +294,15 @@ def learned_chain(
         weights = lambda one: jax.vmap(lambda k, point: one.weigh(k, training.algorithm, point))  # noqa: E731
         return sampler(training, args, kwargs, lambda one: weights(one)(jax.random.split(key, len(x)), u))
 
+    def rays(
+        key: Key,
+        training: Training,
+        points: tuple[Float[Array, "n d"], Float[Array, " n"]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Rays:
+        return decay(key, target_of(args, kwargs), training.warm.whitening, *points)
+
     def ravel_chains(z: Any) -> Float[Array, "*c d"]:
         ravel = lambda value: ravel_pytree(value)[0]  # noqa: E731
         return jax.vmap(ravel)(z) if chains else ravel(z)
@@ -397,8 +407,6 @@ def learned_chain(
             mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / (drawn + 1),
             diverging=jnp.any(~finite, 0),
             nonfinite_proposals=state.nonfinite_proposals + jnp.sum(~finite, 0, dtype=jnp.int32),
-            log_mean_inverse_weight=jnp.logaddexp(state.log_mean_inverse_weight + jnp.log(drawn), -log_weight)
-            - jnp.log(drawn + 1),
             training=training,
             block=block,
             rng_key=rng_key,
@@ -452,7 +460,6 @@ def learned_chain(
             mean_accept_prob=blank,
             diverging=filled(chains, False, bool),
             nonfinite_proposals=filled(chains, 0, jnp.int32),
-            log_mean_inverse_weight=blank,
             training=training,
             block=block,
             rng_key=rng_key,
@@ -461,4 +468,4 @@ def learned_chain(
         strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state._replace(rng_key=zero))
         return strong._replace(rng_key=rng_key)
 
-    return LearnedChain(start, init, sample, propose, weigh)
+    return LearnedChain(start, init, sample, propose, weigh, rays)
