@@ -18,6 +18,7 @@ from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_sbtm.chain import LearnedChain
 from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import log_variance_at
@@ -29,7 +30,7 @@ from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
 from numpyro_sbtm.start import Precondition, find_start
 from numpyro_sbtm.state import UNBATCHED, KernelState, Proposals, Training, WarmStart
 
-__all__ = ["LearnedKernel"]
+__all__ = ["LearnedKernel", "absolute"]
 
 _ARRAY = object()  # stands for an array among a model's arguments
 _NUM_STARTS = 8
@@ -310,7 +311,7 @@ class LearnedKernel(MCMCKernel):
             their log weights in float64.
         """
         proposals = self._use("propose", state, rng_key, num_proposals, model_args, model_kwargs)
-        return proposals._replace(log_weight=_absolute(proposals.log_weight, state))
+        return proposals._replace(log_weight=absolute(proposals.log_weight, state))
 
     def weigh(
         self,
@@ -340,7 +341,31 @@ class LearnedKernel(MCMCKernel):
         Reference:
             EUBO: Blessing et al. (2024), Beyond ELBOs, arXiv:2406.07423, section 4.
         """
-        return _absolute(self._use("weigh", state, rng_key, x, model_args, model_kwargs), state)
+        return absolute(self._use("weigh", state, rng_key, x, model_args, model_kwargs), state)
+
+    def rays(
+        self,
+        state: KernelState,
+        points: tuple[Float[Array, "n d"], Float[Array, " n"]],
+        rng_key: Key,
+        model_args: tuple[Any, ...] = (),
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Rays:
+        """Find out along which rays the density does not fall as that of a proper posterior must.
+
+        Args:
+            state: ``mcmc.last_state``, from any chain method.
+            points: proposals in the flattened unconstrained space and their log weights, up to a constant,
+                ``(x [n, d], log_weight [n])``.
+            rng_key: random key.
+            model_args: positional arguments of the model.
+            model_kwargs: keyword arguments of the model.
+
+        Returns:
+            Shares of rays without decay; with a leading axis ``[chains]`` where each chain has its own
+            sampler.
+        """
+        return self._use("rays", state, rng_key, points, model_args, model_kwargs)
 
     def _use(
         self,
@@ -523,7 +548,7 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ]
 
 
-def _absolute(log_weight: Any, state: KernelState) -> Any:
+def absolute(log_weight: Any, state: KernelState) -> Any:
     """Give log weights their offset back, in float64 where they are values."""
     assert state.training is not None
     offset: Any = state.training.offset

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.algorithm import Algorithm, Ensemble
+from numpyro_sbtm.core.decay import Rays, decay
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
 from numpyro_sbtm.core.whitening import invert, unwhiten, whiten
@@ -117,6 +118,17 @@ class LearnedChain:
             return jax.vmap(lambda k, point: sampler.weigh(k, training.algorithm, point))(keys, u)
 
         return self._with_sampler(training, args, kwargs, weights)
+
+    def rays(
+        self,
+        key: Key,
+        training: Training,
+        points: tuple[Float[Array, "n d"], Float[Array, " n"]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Rays:
+        """Find out along which rays from weighted points the density does not fall."""
+        return decay(key, self.target(training.offset, args, kwargs), training.warm.whitening, *points)
 
     # ------------------------------------------------------------------ warm-up
     def train(self, state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:

@@ -2,45 +2,32 @@
 """Whether to trust a run, and its evidence."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
 from numpyro_sbtm import plots
-from numpyro_sbtm.adapter import LearnedKernel
+from numpyro_sbtm.adapter import LearnedKernel, absolute
+from numpyro_sbtm.chain import KernelState, Proposals
+from numpyro_sbtm.convergence import Convergence, convergence, site_name
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.psis import (
-    FINITE_VARIANCE_KHAT,
-    NEARLY_EQUAL,
-    USABLE_KHAT,
-    tail_index,
-    tail_index_error,
-    unseen_share,
-)
+from numpyro_sbtm.evidence import Estimate, from_chains, from_proposals, lower_bound
+from numpyro_sbtm.psis import tail_index
+from numpyro_sbtm.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Report", "pareto_khat", "report"]
 
-Verdict = Literal["reliable", "caution", "unreliable"]
-
-# limits for "reliable" and for "caution" of what is bad when large; shares that are bad when small enter
-# with a minus sign
-_MAX_KHAT = (USABLE_KHAT, 1.0)
-_MIN_ACCEPTANCE = (-0.2, -0.05)
-_MIN_ESS = (-0.1, -0.01)
-_MAX_BAD_SHARE = (0.01, 0.2)
-_MAX_RHAT = (1.02, 1.1)
-_MAX_DISAGREEMENT = (0.5, 2.0)
-_MAX_DRIFT = (0.02, np.inf)
+_KEY = 0x7265706F  # folded into the last state's key: splitting it never comes so far
+_NO_DECAY = 0.75  # share of rays without decay above which a direction is improper
+_NUM_CHECKED = 1000  # proposals from which rays start
 
 
 def pareto_khat(log_weight: Float[Array, " n"]) -> float:
@@ -70,21 +57,30 @@ class Report:
     """What `report` found. Printing it gives a summary; `plot` draws it.
 
     Attributes:
-        verdict: "reliable", "caution" or "unreliable".
-        advice: one line: why, and what to try next.
+        draws: verdict of the draws, "reliable", "caution" or "unreliable", with what is wrong and the cure.
+        evidence: the same of the log evidence.
+        checks: every number that was judged, with its limits.
         acceptance: mean acceptance probability of the Metropolis steps, over all chains.
+        worst_acceptance: that of the worst chain.
         khat: Pareto k̂ of the weights of fresh proposals; above an effective fraction of 0.9 it is not
             judged, being noise there.
         ess_fraction: effective sample fraction of fresh proposals.
         log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
         log_evidence_se: its standard error. Where k̂ may be above 0.5, being less than two of its own standard
-            errors below, the weights may have no finite variance, and it is at least the difference from
-            ``backward_log_evidence``, and what larger weights than any seen are expected to add
-            (`numpyro_sbtm.psis.unseen_share`).
+            errors below, the weights may have no finite variance, and it is at least what larger weights than
+            any seen are expected to add (`numpyro_sbtm.psis.unseen_share`). There, and where the two
+            estimates are more than two joint errors apart, it is at least their difference.
         backward_log_evidence: log evidence from the chains' own weights, minus log mean 1/w; NaN for raw
             draws. Local moves may find what is never proposed: then the two estimates disagree.
-        elbo: mean log weight, a lower bound of the log evidence in expectation.
-        max_rhat: the largest split R-hat over sites; NaN with fewer than four draws.
+        backward_log_evidence_se: its standard error, by the effective number of draws of 1/w.
+        elbo: lower bound of the log evidence in expectation, E[log w | A] + log q(A) over the set A of
+            proposals whose weight is above a millionth of the mean.
+        elbo_left_out: share of proposals outside A.
+        max_rhat: the largest rank-normalised split R-hat over sites; NaN with fewer than four draws.
+        bulk_ess: the smallest effective number of draws for the bulk, over sites and all chains.
+        tail_ess: the smallest for the 5 % and 95 % quantiles.
+        frozen: latent sites that never move in some chain.
+        improper: sites along which the density does not fall.
         warm_start_ess_fraction: effective sample fraction of draws from the warm start, before training;
             where it is near one, there was nothing to learn.
         warm_start_khat: Pareto k̂ of their weights. With an effective fraction above 0.5 and k̂ below 0.5
@@ -96,24 +92,32 @@ class Report:
         training_steps: warm-up steps after which training gained nothing more and stopped.
         skipped_updates: updates left out because their gradient was not finite.
         ensemble: whether every proposal was chosen among several, because single ones had a bad k̂ (see the
-            kernels' ``smc_particles``); the verdict is then "caution" at best.
+            kernels' ``smc_particles``); k̂ and all else is then that of the proposals so chosen.
         nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
         not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
         gradients: gradients of the target spent in the warm start and in training.
         correction: 'metropolis', or None for raw draws.
-        log_weight: of the fresh proposals, shape ``[n]``.
+        log_weight: of the fresh proposals, in float64, shape ``[n]``.
     """
 
-    verdict: Verdict
-    advice: str
+    draws: Judgement
+    evidence: Judgement
+    checks: tuple[Check, ...]
     acceptance: float
+    worst_acceptance: float
     khat: float
     ess_fraction: float
     log_evidence: float
     log_evidence_se: float
     backward_log_evidence: float
+    backward_log_evidence_se: float
     elbo: float
+    elbo_left_out: float
     max_rhat: float
+    bulk_ess: float
+    tail_ess: float
+    frozen: tuple[str, ...]
+    improper: tuple[str, ...]
     warm_start_ess_fraction: float
     warm_start_khat: float
     warm_start_drift: float
@@ -127,17 +131,43 @@ class Report:
     correction: str | None
     log_weight: np.ndarray
 
+    @property
+    def verdict(self) -> Verdict:
+        """The worse of the two verdicts."""
+        return self._worse.verdict
+
+    @property
+    def advice(self) -> str:
+        """What is wrong by the worse of the two verdicts, and the cure; empty if nothing is."""
+        return self._worse.advice
+
+    @property
+    def draws_verdict(self) -> Verdict:
+        """The verdict of the draws."""
+        return self.draws.verdict
+
+    @property
+    def evidence_verdict(self) -> Verdict:
+        """The verdict of the log evidence."""
+        return self.evidence.verdict
+
+    @property
+    def _worse(self) -> Judgement:
+        grades = ("reliable", "caution", "unreliable")
+        return max(self.draws, self.evidence, key=lambda judgement: grades.index(judgement.verdict))
+
     def __str__(self) -> str:
         exact = "Metropolis-corrected" if self.correction else "UNCORRECTED: raw draws of the sampler"
+        left_out = f" (without {self.elbo_left_out:.2%} of proposals)" if self.elbo_left_out > 0 else ""
         rows = [
-            ("draws", exact),
+            ("correction", exact),
             ("log evidence", f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"),
-            ("log evidence, from the chains", f"{self.backward_log_evidence:.3f}"),
-            ("ELBO", f"{self.elbo:.3f}"),
-            ("effective sample fraction", f"{self.ess_fraction:.3f}"),
-            ("Pareto k-hat", f"{self.khat:.2f}"),
-            ("acceptance rate", f"{self.acceptance:.3f}"),
-            ("largest R-hat", f"{self.max_rhat:.3f}"),
+            (
+                "log evidence, from the chains",
+                f"{self.backward_log_evidence:.3f} ± {self.backward_log_evidence_se:.3f}",
+            ),
+            ("ELBO", f"{self.elbo:.3f}{left_out}"),
+            *((check.name, str(check)) for check in self.checks if check.printed),
             (
                 "warm start's effective fraction",
                 f"{self.warm_start_ess_fraction:.3f} (k-hat {self.warm_start_khat:.2f})",
@@ -147,14 +177,10 @@ class Report:
             ("non-finite proposals", f"{self.nonfinite_proposals}"),
             ("target gradients in warm-up", f"{self.gradients:,}"),
         ]
-        if self.warm_start_drift > 0:
-            rows.append(("warm start's particles", f"still spreading (drift {self.warm_start_drift:.3f})"))
         if self.ensemble:
             rows.append(("proposals", "each chosen among several (`smc_particles`)"))
-        if self.not_one_to_one > 0:
-            rows.append(("maps perhaps not one-to-one", f"{self.not_one_to_one:.2%} of proposals"))
         lines = [f"{name:<33}{value}" for name, value in rows]
-        return "\n".join([f"{self.verdict}: {self.advice}", *lines])
+        return "\n".join([f"draws: {self.draws}", f"evidence: {self.evidence}", *lines])
 
     def plot(self) -> "Figure":
         """Draw the training curve and the log weights side by side.
@@ -171,7 +197,7 @@ class Report:
         for loss in np.atleast_2d(self.training):
             plots.training_curve(left, loss)
         plots.log_weights(right, self.log_weight, self.log_evidence)
-        figure.suptitle(self.verdict)
+        figure.suptitle(f"draws: {self.draws.verdict}, evidence: {self.evidence.verdict}")
         return figure
 
 
@@ -179,7 +205,8 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     """Judge a finished run of one of this package's kernels.
 
     Evidence and weights come from fresh proposals of the frozen sampler, independent of the batches that
-    trained it and of the chains.
+    trained it and of the chains. The density is also evaluated along rays from some of them, to see that it
+    falls as that of a proper posterior must.
 
     Args:
         mcmc: after `run`.
@@ -192,6 +219,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     Raises:
         TypeError: for another kernel.
         RuntimeError: if there is no finished run.
+        ValueError: for fewer than 100 proposals.
 
     Examples:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -216,147 +244,123 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         raise RuntimeError("`mcmc` has not been run: call `mcmc.run(...)` first.")
     if num_proposals < 100:
         raise ValueError(f"`num_proposals` must be at least 100, got {num_proposals}.")
-    single = is_prng_key(state.rng_key)
-    if rng_key is None:
-        rng_key = jax.random.fold_in(state.rng_key if single else state.rng_key[0], 1)
-    each = num_proposals if single else -(-num_proposals // len(state.rng_key))
-    proposals = kernel.propose(state, each, rng_key, mcmc._args, mcmc._kwargs)
-    offset = float(np.max(np.asarray(state.training.offset)))
-    log_weight = clean(jnp.asarray(proposals.log_weight.reshape(-1) - offset))
-    log_z, log_z_se = (float(value) for value in log_evidence(log_weight))
-    fraction = float(ess_fraction(log_weight))
-    finite = np.isfinite(np.asarray(log_weight))
-    acceptance = float(np.mean(np.asarray(state.mean_accept_prob)))
-    folded = float(1.0 - np.mean(np.asarray(proposals.one_to_one)))
-    khat = pareto_khat(log_weight)
-    max_rhat = _max_rhat(mcmc.get_samples(group_by_chain=True))
-    backward = float("nan")
-    if kernel.correction is not None:
-        inverse = -np.ravel(np.asarray(mcmc.get_extra_fields()["log_weight"], np.float64))
-        backward = -float(np.logaddexp.reduce(inverse) - np.log(inverse.size))
-    if khat + 2.0 * tail_index_error(khat, log_weight.size) > FINITE_VARIANCE_KHAT:
-        disagreement = abs(backward - log_z) if np.isfinite(backward) else 0.0
-        log_z_se = max(log_z_se, disagreement, float(unseen_share(log_weight, khat)))
-    ensemble = state.training.ensemble is not None and bool(np.any(np.asarray(state.training.ensemble)))
-    drift = float(np.max(np.asarray(state.training.warm.drift)))
-    verdict, advice = _judge(
-        kernel.correction,
-        ensemble,
-        khat,
-        acceptance,
-        fraction,
-        1.0 - finite.mean(),
-        folded,
-        max_rhat,
-        backward - log_z,
-        drift,
-        searched=state.training.warm.points is not None,
-    )
-    if np.any(np.asarray(state.training.data) != np.asarray(state.data)) and verdict == "reliable":
-        verdict, advice = "caution", "the sampler was trained for other data: run warm-up again"
-    return Report(
-        verdict=verdict,
-        advice=advice,
-        acceptance=acceptance,
-        khat=khat,
-        ess_fraction=fraction,
-        log_evidence=log_z + offset,
-        log_evidence_se=log_z_se,
-        backward_log_evidence=backward + offset,
-        elbo=offset + float(np.mean(np.asarray(log_weight)[finite])) if finite.any() else float("-inf"),
-        max_rhat=max_rhat,
-        warm_start_ess_fraction=float(np.min(np.asarray(state.training.warm.ess_fraction))),
-        warm_start_khat=float(np.max(np.asarray(state.training.warm.khat))),
-        warm_start_drift=drift,
-        training=np.asarray(state.training.loss),
-        training_steps=int(np.max(np.asarray(state.training.num_steps))),
-        skipped_updates=int(np.sum(np.asarray(state.training.skipped_updates))),
-        ensemble=ensemble,
-        nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
-        not_one_to_one=folded,
-        gradients=int(np.sum(np.asarray(state.training.gradients))),
-        correction=kernel.correction,
-        log_weight=np.asarray(proposals.log_weight).reshape(-1),
-    )
-
-
-def _max_rhat(samples: Any) -> float:
-    values = []
-    for leaf in jax.tree.leaves(samples):
-        draws = np.asarray(leaf)
-        if draws.shape[1] >= 4 and draws.size and np.issubdtype(draws.dtype, np.floating):
-            with np.errstate(invalid="ignore", divide="ignore"):
-                values.append(np.ravel(split_gelman_rubin(draws)))
-    found = np.concatenate(values) if values else np.array([np.nan])
-    found = found[np.isfinite(found)]  # constant sites have none
-    return float(found.max()) if found.size else float("nan")
-
-
-def _judge(
-    correction: str | None,
-    ensemble: bool,
-    khat: float,
-    acceptance: float,
-    fraction: float,
-    nonfinite: float,
-    folded: float,
-    max_rhat: float,
-    disagreement: float,
-    drift: float,
-    searched: bool,
-) -> tuple[Verdict, str]:
-    """Find the worst fault; its grade is the verdict and its cure the advice."""
-    longer = "train longer (`num_warmup`), or pass a wider `precondition`"
-    rhat = max_rhat if np.isfinite(max_rhat) else 1.0
-    khat_limits = (np.inf, np.inf) if fraction > NEARLY_EQUAL else _MAX_KHAT
-    faults: list[tuple[float, tuple[float, float], str]] = [
-        # badness, its limits for "reliable" and for "caution", what is wrong and the cure
-        (
-            khat,
-            khat_limits,
-            f"the weights have a heavy tail (k-hat {khat:.2f}): the learned proposal is too narrow, or the "
-            f"posterior is improper; {longer}",
-        ),
-        (-acceptance, _MIN_ACCEPTANCE, f"low acceptance ({acceptance:.2f}): {longer}"),
-        (-fraction, _MIN_ESS, f"few effective proposals ({fraction:.3f}): {longer}"),
-        (
-            nonfinite,
-            _MAX_BAD_SHARE,
-            f"{nonfinite:.1%} of proposals have no finite density: check the model for overflow, or enable "
-            "float64",
-        ),
-        (
-            folded,
-            _MAX_BAD_SHARE,
-            f"at {folded:.1%} of proposals a transport map may not be one-to-one: use more maps "
-            "(`num_maps`) or a shorter `duration`",
-        ),
-        (
-            0.0 if correction is None else abs(disagreement),
-            _MAX_DISAGREEMENT,
-            f"log evidence from proposals and from the chains' states differ by {abs(disagreement):.2f}: "
-            f"something is hardly ever proposed; {longer}",
-        ),
-        (
-            drift,
-            _MAX_DRIFT,
-            "particles of the warm start had not arrived everywhere and may have missed a part of the "
-            "posterior: compare with another seed or kernel, or give a wider start (`init_strategy`)",
-        ),
-        (rhat, _MAX_RHAT, f"chains disagree (R-hat {rhat:.2f}): draw more samples, or {longer}"),
-    ]
-    grades: tuple[tuple[int, Verdict], ...] = ((1, "unreliable"), (0, "caution"))
-    for column, grade in grades:
-        for badness, limits, words in faults:
-            if not badness <= limits[column]:
-                return grade, words
-    if ensemble:
-        return "caution", f"single proposals had a heavy tail, and each is now chosen among several; {longer}"
-    if correction is None:
-        return "caution", "raw draws are not exact; weigh them, or use correction='metropolis'"
-    if not searched:
-        return "caution", (
-            "nothing looked for modes before training, and one that no path reached leaves no trace: compare "
-            "with precondition='auto' or another sampler"
+    if state.training is None:
+        raise ValueError(
+            "`mcmc` has run a model without latent values, so that there is nothing to judge: its log evidence is "
+            f"its log density, {-float(np.max(np.asarray(state.potential_energy)))}."
         )
-    return "reliable", "draws are reliable"
+    if rng_key is None:
+        rng_key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
+        rng_key = jax.random.fold_in(rng_key, _KEY)
+    key_proposals, key_rays = jax.random.split(rng_key)
+    samplers = np.size(state.training.num_steps)
+    each = -(-num_proposals // samplers)
+    fresh = kernel.propose(state, each, key_proposals, mcmc._args, mcmc._kwargs)
+    log_weight = fresh.log_weight.reshape(-1)
+    measured = Measured(
+        corrected=kernel.correction is not None,
+        ensemble=_any(state.training.ensemble),
+        searched=state.training.warm.points is not None,
+        other_data=_other_data(state),
+        chains=_chains(mcmc),
+        acceptance=float(np.min(np.asarray(state.mean_accept_prob))),
+        forward=from_proposals(log_weight),
+        backward=_backward(mcmc),
+        not_finite=float(np.mean(~np.isfinite(log_weight))),
+        folded=float(1.0 - np.mean(np.asarray(fresh.one_to_one))),
+        drift=float(np.max(np.asarray(state.training.warm.drift))),
+        improper=_improper(mcmc, fresh, key_rays),
+    )
+    return _summary(kernel, state, measured, log_weight)
+
+
+def _summary(
+    kernel: LearnedKernel, state: KernelState, measured: Measured, log_weight: Float[np.ndarray, " n"]
+) -> Report:
+    table = checks(measured)
+    training, chains, forward, backward = state.training, measured.chains, measured.forward, measured.backward
+    elbo, left_out = lower_bound(log_weight, forward.log_evidence)
+    return Report(
+        draws=judge(table, "draws"),
+        evidence=judge(table, "evidence"),
+        checks=tuple(table),
+        acceptance=float(np.mean(np.asarray(state.mean_accept_prob))),
+        worst_acceptance=measured.acceptance,
+        khat=forward.khat,
+        ess_fraction=forward.ess_fraction,
+        log_evidence=forward.log_evidence,
+        log_evidence_se=printed_error(measured),
+        backward_log_evidence=np.nan if backward is None else backward.log_evidence,
+        backward_log_evidence_se=np.nan if backward is None else backward.error,
+        elbo=elbo,
+        elbo_left_out=left_out,
+        max_rhat=chains.rhat,
+        bulk_ess=chains.bulk_size,
+        tail_ess=chains.tail_size,
+        frozen=chains.frozen,
+        improper=measured.improper,
+        warm_start_ess_fraction=float(np.min(np.asarray(training.warm.ess_fraction))),
+        warm_start_khat=float(np.max(np.asarray(training.warm.khat))),
+        warm_start_drift=measured.drift,
+        training=np.asarray(training.loss),
+        training_steps=int(np.max(np.asarray(training.num_steps))),
+        skipped_updates=int(np.sum(np.asarray(training.skipped_updates))),
+        ensemble=measured.ensemble,
+        nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
+        not_one_to_one=measured.folded,
+        gradients=int(np.sum(np.asarray(training.gradients))),
+        correction=kernel.correction,
+        log_weight=log_weight,
+    )
+
+
+def _any(flag: Any) -> bool:
+    return flag is not None and bool(np.any(np.asarray(flag)))
+
+
+def _other_data(state: KernelState) -> bool:
+    """Say whether the sampler was trained for other data than it draws for."""
+    assert state.training is not None
+    return not np.array_equal(
+        np.asarray(state.training.data), np.broadcast_to(state.data, state.training.data.shape)
+    )
+
+
+def _chains(mcmc: MCMC) -> Convergence:
+    latent = mcmc.last_state.z if mcmc.sampler.model is not None else None
+    return convergence(mcmc.get_samples(group_by_chain=True), latent)
+
+
+def _backward(mcmc: MCMC) -> Estimate | None:
+    if mcmc.sampler.correction is None:
+        return None
+    log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]
+    return from_chains(absolute(log_weight, mcmc.last_state))
+
+
+def _improper(mcmc: MCMC, fresh: Proposals, key: Key) -> tuple[str, ...]:
+    """Name the sites along which the density does not fall."""
+    kernel, state = mcmc.sampler, mcmc.last_state
+    x = fresh.x.reshape(-1, fresh.x.shape[-1])
+    stride = -(-len(x) // _NUM_CHECKED)
+    x, log_weight = x[::stride], fresh.log_weight.reshape(-1)[::stride]
+    log_weight = log_weight - np.max(log_weight, initial=-np.inf, where=np.isfinite(log_weight))
+    names = _coordinate_names(state.z, chains=0 if x.shape[-1] == _size(state.z) else 1)
+    rays = kernel.rays(state, (x, log_weight), key, mcmc._args, mcmc._kwargs)
+    flat = np.max(np.atleast_2d(np.asarray(rays.coordinates)), 0) > _NO_DECAY
+    if not np.any(flat) and max(np.max(rays.outwards), np.max(rays.scaled)) > _NO_DECAY:
+        # a cone: of all directions those in which draws lie far out
+        far = np.median(np.abs(np.asarray(x, np.float64)), 0)
+        flat = far >= 0.1 * np.max(far)
+    return tuple(dict.fromkeys(names[flat].tolist()))
+
+
+def _size(z: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(z))
+
+
+def _coordinate_names(z: Any, chains: int) -> np.ndarray:
+    """The site of every coordinate of the flattened unconstrained space."""
+    leaves = jax.tree_util.tree_flatten_with_path(z)[0]
+    sizes = [int(np.prod(leaf.shape[chains:])) for _, leaf in leaves]
+    return np.repeat([site_name(path) for path, _ in leaves], sizes)
