@@ -14,6 +14,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel
+from numpyro_sbtm.checks import shown, whole
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.psis import (
@@ -165,9 +166,7 @@ class Report:
         Raises:
             ImportError: without matplotlib; install the extra ``plot``.
         """
-        import matplotlib.pyplot as plt
-
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        figure, (left, right) = plots.pyplot().subplots(1, 2, figsize=(8, 3), layout="constrained")
         for loss in np.atleast_2d(self.training):
             plots.training_curve(left, loss)
         plots.log_weights(right, self.log_weight, self.log_evidence)
@@ -190,7 +189,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         The report.
 
     Raises:
-        TypeError: for another kernel.
+        TypeError: for what is no run, and for another kernel.
         RuntimeError: if there is no finished run.
 
     Examples:
@@ -206,6 +205,11 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         >>> found.verdict, round(found.log_evidence, 1)  # log N(1; 0, 2) = -1.515...
         ('reliable', -1.5)
     """
+    if not isinstance(mcmc, MCMC):
+        raise TypeError(
+            f"`mcmc` must be the `numpyro.infer.MCMC` that ran the kernel, got {shown(mcmc)}. "
+            "Call `mcmc.run(...)` and then `report(mcmc)`."
+        )
     kernel, state = mcmc.sampler, mcmc.last_state
     if not isinstance(kernel, LearnedKernel):
         raise TypeError(
@@ -214,8 +218,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         )
     if state is None:
         raise RuntimeError("`mcmc` has not been run: call `mcmc.run(...)` first.")
-    if num_proposals < 100:
-        raise ValueError(f"`num_proposals` must be at least 100, got {num_proposals}.")
+    num_proposals = whole("num_proposals", num_proposals, 100)
     single = is_prng_key(state.rng_key)
     if rng_key is None:
         rng_key = jax.random.fold_in(state.rng_key if single else state.rng_key[0], 1)
