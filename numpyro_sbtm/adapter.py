@@ -23,7 +23,6 @@ from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import log_variance_at
-from numpyro_sbtm.failures import with_chain_axis
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import from_model, from_potential, guide_moments
 from numpyro_sbtm.psis import NEARLY_EQUAL
@@ -429,7 +428,7 @@ class LearnedKernel(MCMCKernel):
         key_init, key_state = jax.random.split(rng_key)
         num_chains = chains[0] if chains else 1
         if init_params is not None and not chains:
-            init_params = with_chain_axis(init_params)
+            init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
         if self._potential_fn is None:
             assert self._model is not None  # checked by the constructor
             problem = from_model(

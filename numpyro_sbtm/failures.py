@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.util import not_jax_tracer
 
-from numpyro_sbtm.checks import shown
-
-__all__ = ["explained", "refuse_overflow", "with_chain_axis"]
+__all__ = ["explained", "refuse_overflow"]
 
 _UNTRACEABLE = jax.errors.JAXTypeError, jax.errors.JAXIndexError
 _NO_ARITHMETIC = TypeError, OverflowError, *_UNTRACEABLE
@@ -159,18 +157,3 @@ def _no_start(named: dict[str, Any]) -> str:
         f"tried. {check}, or pass another `init_strategy`, such as `init_to_value(values=...)` with a point "
         "of finite density."
     )
-
-
-def with_chain_axis(init_params: Any) -> Any:
-    """Add a leading axis to every leaf.
-
-    Raises:
-        TypeError: for what are not numbers.
-    """
-    try:
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"`init_params` must hold numbers and arrays of them, got {shown(init_params)}. "
-            "Pass unconstrained values."
-        ) from error

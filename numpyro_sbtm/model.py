@@ -31,6 +31,10 @@ _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
 _MAX_BYTES = 2**28  # of an array over all points at which a density is evaluated together
 _MAX_TOGETHER = 8192  # points that are never too many
+_UNCONSTRAIN = (
+    "`numpyro.infer.util.unconstrain_fn(model, model_args, model_kwargs, values)` makes unconstrained values "
+    "of the sites' own."
+)
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
 
@@ -127,6 +131,8 @@ def from_model(
 
     half = num_starts // 2
     refuse_overflow(model, model_args, model_kwargs)
+    if init_params is not None:
+        _check_positions(init_params)
     with explained("model", model, model_args, model_kwargs):
         info = initialise(key_init, init_strategy, num_chains + num_starts)
     values = info.param_info.z
@@ -157,35 +163,33 @@ def from_model(
     )
 
 
-def _given_positions(init_params: Any, positions: Any, potential_fn: Callable[..., Any]) -> Any:
-    """Take positions that a user gives, in place of others, after checking them."""
-    cure = (
-        "`numpyro.infer.util.unconstrain_fn(model, model_args, model_kwargs, values)` makes them of the "
-        "sites' values."
-    )
+def _check_positions(init_params: Any) -> None:
+    """Refuse positions that no model has, before anything is compiled."""
     if not isinstance(init_params, Mapping):
         raise TypeError(
-            "`init_params` must be a dict with the unconstrained value of every latent site, such as "
-            f"{', '.join(positions)}, got {shown(init_params)}. {cure}"
+            "`init_params` must be a dict with the unconstrained value of every latent site, got "
+            f"{shown(init_params)}. {_UNCONSTRAIN}"
         )
+    for name, value in init_params.items():
+        if not_jax_tracer(value) and not np.all(np.isfinite(value)):
+            raise ValueError(f"`init_params` must be finite, got {shown(np.asarray(value))} for {name!r}.")
+
+
+def _given_positions(init_params: Any, positions: Any, potential_fn: Callable[..., Any]) -> Any:
+    """Take positions that a user gives, in place of others, after checking that the model has them."""
     expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
     got = {name: jnp.shape(leaf) for name, leaf in init_params.items()}
     if expected != got:
         raise ValueError(
             "`init_params` must hold the unconstrained value of every latent site: expected shapes "
-            f"{expected}, got {got}, the leading axis being that of chains. {cure}"
+            f"{expected}, got {got}, the leading axis being that of chains. {_UNCONSTRAIN}"
         )
     given = {name: jnp.asarray(init_params[name], old.dtype) for name, old in positions.items()}
     energy = jax.jit(jax.vmap(potential_fn))(given)
-    if not not_jax_tracer(energy):
-        return given
-    for name, value in given.items():
-        if not np.all(np.isfinite(value)):
-            raise ValueError(f"`init_params` must be finite, got {shown(np.asarray(value))} for {name!r}.")
-    if not np.all(np.isfinite(energy)):
+    if not_jax_tracer(energy) and not np.all(np.isfinite(energy)):
         raise ValueError(
             "`init_params` must have a finite density, got minus its logarithm "
-            f"{np.asarray(energy).tolist()}. Are they unconstrained values? {cure}"
+            f"{np.asarray(energy).tolist()}. Are they unconstrained values? {_UNCONSTRAIN}"
         )
     return given
 
