@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpyro.infer.autoguide import AutoGuide
-from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.mcmc import MCMC, MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_sbtm.chain import LearnedChain
+from numpyro_sbtm.checks import flag, function, one_of, optional, probability, shown, whole
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.mixture import largest, normal
@@ -34,10 +35,33 @@ __all__ = ["LearnedKernel", "absolute"]
 
 _ARRAY = object()  # stands for an array among a model's arguments
 _NUM_STARTS = 8
+_MOST_PARTICLES = 2**16
 _MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room for another run
 
 
-def _check_precondition(precondition: Precondition | AutoGuide) -> None:
+def _check_model(model: Any, potential_fn: Any) -> None:
+    if not (model is None) ^ (potential_fn is None):
+        raise ValueError(
+            "Only one of `model` or `potential_fn` must be specified, got "
+            f"{'neither' if model is None else 'both'}."
+        )
+    if isinstance(model, MCMC | MCMCKernel):
+        raise TypeError(
+            f"`model` must be a NumPyro model, got the {type(model).__name__} that runs one. "
+            "Pass the function that it was made with."
+        )
+    cure = "Pass a function that calls `numpyro.sample`, not its name or what it returns."
+    optional(function, "model", model, cure)
+    cure = "Pass a function of unconstrained values that returns minus their log density."
+    optional(function, "potential_fn", potential_fn, cure)
+
+
+def _check_precondition(precondition: Precondition | AutoGuide, has_model: bool) -> None:
+    if isinstance(precondition, AutoGuide) and not has_model:
+        raise ValueError(
+            f"`precondition` is a guide, {type(precondition).__name__}, which needs a `model`, but a "
+            "`potential_fn` was given. Pass 'auto' or a pair `(loc, scale_tril)`."
+        )
     if precondition is None or isinstance(precondition, AutoGuide):
         return
     if isinstance(precondition, str) and precondition in ("auto", "refined"):
@@ -45,18 +69,51 @@ def _check_precondition(precondition: Precondition | AutoGuide) -> None:
     cure = (
         "Pass 'auto', 'refined', None, an AutoGuide, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
     )
+    if isinstance(precondition, type) and issubclass(precondition, AutoGuide):
+        cure = f"Pass the guide of your model, `{precondition.__name__}(model)`."
     if not isinstance(precondition, tuple) or len(precondition) != 2:
-        raise ValueError(f"`precondition` must describe a whitening, got {precondition!r}. {cure}")
-    loc, scale_tril = (np.asarray(part) for part in precondition)
+        raise ValueError(f"`precondition` must describe a whitening, got {shown(precondition)}. {cure}")
+    try:
+        loc, scale_tril = (np.asarray(part).astype(float, casting="same_kind") for part in precondition)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`precondition` must hold numbers, got {shown(precondition)}. {cure}") from error
     if loc.ndim != 1 or scale_tril.shape != loc.shape * 2:
         raise ValueError(
             f"`precondition` has shapes {loc.shape} and {scale_tril.shape} that do not match. {cure}"
         )
-    if np.any(np.triu(scale_tril, 1) != 0) or not np.all(np.diagonal(scale_tril) > 0):
+    if not (np.all(np.isfinite(loc)) and np.all(np.isfinite(scale_tril))):
+        raise ValueError(
+            f"`precondition` must be finite, got `loc` {shown(loc)} and `scale_tril` {shown(scale_tril)}. "
+            "Pass 'auto' if you do not know the posterior's scale."
+        )
+    diagonal = np.diagonal(scale_tril)
+    if np.any(np.triu(scale_tril, 1) != 0) or not np.all(diagonal > 0):
         raise ValueError(
             "`precondition` needs a lower triangular `scale_tril` with a positive diagonal, such as a "
-            "Cholesky factor of the posterior covariance."
+            f"Cholesky factor of the posterior covariance, got {shown(scale_tril)}."
         )
+    # in the run's precision draws must differ, near the location too, and their squares must not overflow
+    dtype = jnp.result_type(float)
+    small, spread = np.sqrt(np.finfo(dtype).tiny), np.linalg.norm(scale_tril, axis=1)
+    resolved = (diagonal > small) & (spread > np.spacing(np.abs(loc).astype(dtype))) & (spread < 1.0 / small)
+    if not np.all(resolved):
+        raise ValueError(
+            f"`precondition` has a `scale_tril` that {dtype.name} cannot resolve around `loc`, with diagonal "
+            f"{shown(diagonal)}: all draws would be the same. Rescale the model's sites, or use "
+            "`jax.config.update('jax_enable_x64', True)`."
+        )
+
+
+def _checked(state: Any) -> Proposals:
+    """Return a state's block of proposals, after a look at what it is."""
+    if not isinstance(state, KernelState):
+        raise TypeError(
+            f"`state` must be that of a run of this kernel, got {shown(state)}. "
+            "Pass `mcmc.last_state` after `mcmc.run(...)`."
+        )
+    if state.block is None:
+        raise ValueError("`state` is that of a model without latent values: it has no sampler.")
+    return state.block
 
 
 def _spare_memory_mappings() -> None:
@@ -91,7 +148,11 @@ def _compiled(use: Callable[..., Any]) -> Callable[..., Any]:
         array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         others = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, array, strict=True)]
         arrays = [leaf for leaf, is_array in zip(leaves, array, strict=True) if is_array]
-        return of_arrays(key, training, (structure, *others), arrays)
+        try:
+            return of_arrays(key, training, (structure, *others), arrays)
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError, TypeError, ValueError):
+            # a model that needs its data themselves, for `np.unique` or as a data frame: constants, then
+            return jax.jit(lambda key, training: use(key, training, *arguments))(key, training)
 
     return compiled
 
@@ -118,49 +179,24 @@ class LearnedKernel(MCMCKernel):
         forward_mode_differentiation: bool,
         init_strategy: Callable[..., Any],
     ) -> None:
-        if not (model is None) ^ (potential_fn is None):
-            raise ValueError("Only one of `model` or `potential_fn` must be specified.")
-        if correction not in ("metropolis", None):
-            raise ValueError(
-                f"`correction` must be 'metropolis' or None, got {correction!r}. None returns raw draws "
-                "of the learned sampler, which are not exact."
-            )
-        if local_kernel not in (*LOCAL_KERNELS, "auto", None):
-            raise ValueError(
-                f"`local_kernel` must be 'auto', one of {', '.join(map(repr, LOCAL_KERNELS))}, or None, got "
-                f"{local_kernel!r}."
-            )
-        if target_acceptance is not None and not 0 < target_acceptance < 1:
-            raise ValueError(
-                f"`target_acceptance` must lie between 0 and 1, got {target_acceptance}. None trains on "
-                "until nothing more is gained."
-            )
-        _check_precondition(precondition)
-        if isinstance(precondition, AutoGuide) and model is None:
-            raise ValueError(
-                "`precondition` is an AutoGuide, which needs a `model`, but a `potential_fn` was given. "
-                "Pass 'auto' or a pair `(loc, scale_tril)`."
-            )
-        for name, value, least in (
-            ("block_size", block_size, 1),
-            ("steps_per_draw", steps_per_draw, 1),
-            ("smc_particles", smc_particles, 0),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        _check_model(model, potential_fn)
+        _check_precondition(precondition, model is not None)
         self._model = model
         self._potential_fn = potential_fn
         # log weights never vary by less than nothing
-        self._goal = 0.0 if target_acceptance is None else log_variance_at(target_acceptance)
+        acceptance = optional(probability, "target_acceptance", target_acceptance)
+        self._goal = 0.0 if acceptance is None else log_variance_at(acceptance)
         self._precondition = precondition
-        self._correction = correction
-        self._shared = shared
-        self._block_size = block_size
-        self._steps_per_draw = steps_per_draw
-        self._local_kernel = local_kernel
-        self._smc_particles = smc_particles
-        self._forward_mode = forward_mode_differentiation
-        self._init_strategy = init_strategy
+        self._correction = one_of("correction", correction, ("metropolis", None))
+        self._shared = flag("shared", shared)
+        self._block_size = whole("block_size", block_size)
+        self._steps_per_draw = whole("steps_per_draw", steps_per_draw)
+        self._local_kernel = one_of("local_kernel", local_kernel, ("auto", *LOCAL_KERNELS, None))
+        self._smc_particles = whole("smc_particles", smc_particles, 0, _MOST_PARTICLES)
+        self._forward_mode = flag("forward_mode_differentiation", forward_mode_differentiation)
+        self._init_strategy = function(
+            "init_strategy", init_strategy, "Pass one of `numpyro.infer`'s, such as `init_to_median`."
+        )
         self._shortens = True  # training, where the warm start is near exact
         self._forget()
 
@@ -174,6 +210,9 @@ class LearnedKernel(MCMCKernel):
     @abstractmethod
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         """Build the algorithm for a whitened target and its warm start."""
+
+    def _check_dimension(self, dim: int) -> None:
+        """Refuse options that do not fit the dimension, before the search."""
 
     # ------------------------------------------------------------------ NumPyro's contract
     @property
@@ -309,7 +348,12 @@ class LearnedKernel(MCMCKernel):
         Returns:
             Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler;
             their log weights in float64.
+
+        Raises:
+            TypeError: for what is no state of it, no number of proposals, or no key.
+            ValueError: for less than one proposal.
         """
+        num_proposals = whole("num_proposals", num_proposals)
         proposals = self._use("propose", state, rng_key, num_proposals, model_args, model_kwargs)
         return proposals._replace(log_weight=absolute(proposals.log_weight, state))
 
@@ -338,9 +382,21 @@ class LearnedKernel(MCMCKernel):
             float64, shape ``[n]``, or ``[chains, n]`` where each chain has its own sampler; NaN if it cannot
             be computed.
 
+        Raises:
+            RuntimeError: if the kernel has not run.
+            TypeError: for what is no state of it, or no key.
+            ValueError: for points of another shape.
+
         Reference:
             EUBO: Blessing et al. (2024), Beyond ELBOs, arXiv:2406.07423, section 4.
         """
+        like = _checked(state).x
+        if jnp.ndim(x) != 2 or jnp.shape(x)[1] != like.shape[-1] or not len(x):
+            raise ValueError(
+                f"`x` must be points of the flattened unconstrained space, [n, {like.shape[-1]}], got shape "
+                f"{list(jnp.shape(x))}. `propose` gives such points, `Proposals.x`."
+            )
+        x = jnp.asarray(x, like.dtype)
         return absolute(self._use("weigh", state, rng_key, x, model_args, model_kwargs), state)
 
     def rays(
@@ -377,9 +433,13 @@ class LearnedKernel(MCMCKernel):
         model_kwargs: dict[str, Any] | None,
     ) -> Any:
         """Use every trained sampler of a state, by a compiled function."""
+        _checked(state)
+        if not is_prng_key(rng_key):
+            raise TypeError(
+                f"`rng_key` must be a random key, got {shown(rng_key)}. Pass `jax.random.key(0)`."
+            )
         kwargs = {} if model_kwargs is None else model_kwargs
-        if state.training is None:
-            raise ValueError("`state` is that of a model without latent values: it has no sampler.")
+        assert state.training is not None
         problem = self._problem_of(model_args, kwargs, state)
         use = self._uses.get(name)
         if use is None:
@@ -415,7 +475,12 @@ class LearnedKernel(MCMCKernel):
     ) -> Problem:
         if self._potential_fn is not None:
             return from_potential(
-                key, self._potential_fn, init_params, num_chains=num_chains, num_starts=_NUM_STARTS
+                key,
+                self._potential_fn,
+                init_params,
+                num_chains=num_chains,
+                num_starts=_NUM_STARTS,
+                forward_mode=self._forward_mode,
             )
         assert self._model is not None  # checked by the constructor
         return from_model(
@@ -479,6 +544,7 @@ class LearnedKernel(MCMCKernel):
         data, dim = fingerprint(args, kwargs), problem.starts.shape[1]
         if not dim:
             return _without_latents(problem, rng_key, chains, run, data)
+        self._check_dimension(dim)
         if run.num_warmup < 1:
             raise ValueError(
                 f"`num_warmup` must be at least 1, got {run.num_warmup}: the sampler is trained during "

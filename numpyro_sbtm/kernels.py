@@ -5,12 +5,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_sbtm.adapter import LearnedKernel
+from numpyro_sbtm.checks import (
+    flag,
+    names_unknown_options,
+    number,
+    one_of,
+    optional,
+    positive,
+    whole,
+)
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.anneal import Annealing, convolution, dilation, geometric, tempering
 from numpyro_sbtm.core.controlled import (
@@ -24,7 +34,7 @@ from numpyro_sbtm.core.controlled import (
     pis,
     rescaled,
 )
-from numpyro_sbtm.core.diffusion import diffusion
+from numpyro_sbtm.core.diffusion import check_options, diffusion
 from numpyro_sbtm.core.divergence import (
     Divergence,
     kl,
@@ -89,6 +99,11 @@ ANNEALINGS: dict[str, Callable[[], Annealing]] = {
 }
 """Annealing of transport by name."""
 
+_MOST_STEPS, _MOST_UNITS, _MOST_LAYERS = 2**20, 2**16, 64
+_SCALES = 1e-6, 1e6  # float32 has squares of these, and what is left of one when they are added
+
+_NO_NET = Net(lambda key, dim: (), lambda params, *inputs: ())
+
 _MAX_FLOW_DIM = 32  # a draw of a flow costs as many Jacobian-vector products as there are dimensions
 
 _MODEL = """
@@ -106,9 +121,9 @@ _DIFFUSION = """
             nearly exact.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
-        num_times: how many of the T times enter each gradient; all for 'kl'.
-        learning_rate: of Adam, decaying along a cosine over warm-up.
-        width: units of each hidden layer of the network.
+        num_times: at most how many of the T times enter each gradient; all for 'kl'.
+        learning_rate: of Adam, at most 1, decaying along a cosine over warm-up.
+        width: units of each hidden layer of the network, an even number.
         depth: number of its hidden layers.
         scale: standard deviation of the noise, in whitened units.
 """
@@ -173,7 +188,9 @@ class DiffusionKernel(LearnedKernel):
 {_COMMON.strip(chr(10))}
 
     Raises:
-        ValueError: for values out of range; `init` and `MCMC.run` raise for models that do not fit.
+        ValueError: for values out of range, and for options that do not go together, at once; `init` and
+            `MCMC.run` raise for models that do not fit.
+        TypeError: for values of another type, such as a float as a number of steps, and unknown options.
 
     Reference:
         Richter & Berner (2024), Improved sampling via learned diffusions, arXiv:2307.01198.
@@ -191,6 +208,7 @@ class DiffusionKernel(LearnedKernel):
         (500,)
     """
 
+    @names_unknown_options
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -238,39 +256,53 @@ class DiffusionKernel(LearnedKernel):
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
-        _check_positive(
-            num_steps=num_steps, learning_rate=learning_rate, width=width, depth=depth, scale=scale
-        )
-        for name, size in (
-            ("exploration", exploration),
-            ("buffer_size", buffer_size),
-            ("score_clip", score_clip),
-            ("patience", patience),
-        ):
-            if size is not None and size < 0:
-                raise ValueError(f"`{name}` must not be negative, got {size}.")
-        for name, value, known in (
-            ("process", process, PROCESSES),
-            ("divergence", divergence, DIVERGENCES),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
-        if look_ahead and process != "dis":
-            raise ValueError(f"`look_ahead` asks for the `process` 'dis', got {process!r}. Pass False.")
-        self._process, self._divergence = process, divergence  # names: kernels are pickled
-        self._num_steps = num_steps
-        self._num_paths = num_paths
-        self._coarse_steps = None if coarse_steps is None else min(coarse_steps, num_steps)
-        self._num_times = min(num_times, self._coarse_steps or num_steps)
-        self._num_updates = num_updates
-        self._exploration, self._trust_region = exploration, trust_region
-        self._buffer_size = buffer_size
-        self._clip: dict[str, Any] = {} if score_clip is None else {"score_clip": score_clip}
-        self._look_ahead, self._patience = look_ahead, patience
+        self._process = one_of("process", process, PROCESSES)  # names: kernels are pickled
+        self._divergence = one_of("divergence", divergence, DIVERGENCES)
+        self._num_steps = whole("num_steps", num_steps, 1, _MOST_STEPS)
+        self._num_paths = whole("num_paths", num_paths, 2)
+        coarse_steps = optional(whole, "coarse_steps", coarse_steps)
+        self._coarse_steps = None if coarse_steps is None else min(coarse_steps, self._num_steps)
+        self._num_times = min(whole("num_times", num_times), self._coarse_steps or self._num_steps)
+        self._num_updates = whole("num_updates", num_updates, 1, _MOST_STEPS)
+        self._exploration = number("exploration", exploration, 0.0, 10.0)
+        self._trust_region = optional(positive, "trust_region", trust_region, 1e6)
+        self._buffer_size = whole("buffer_size", buffer_size, 0)
+        clip = optional(number, "score_clip", score_clip, 0.0, 1e6)
+        self._clip: dict[str, Any] = {} if clip is None else {"score_clip": clip}
+        self._look_ahead = flag("look_ahead", look_ahead)
+        self._patience = optional(whole, "patience", patience, 0)
         self._shortens = patience is not None
-        self._learning_rate = learning_rate
-        self._net = (width, depth)
-        self._scale = scale
+        self._learning_rate = positive("learning_rate", learning_rate, 1.0)
+        self._net = whole("width", width, 2, _MOST_UNITS), whole("depth", depth, 1, _MOST_LAYERS)
+        self._scale = number("scale", scale, *_SCALES)
+        if self._net[0] % 2:
+            raise ValueError(
+                f"`width` must be even, for pairs of sines and cosines of the time, got {width}."
+            )
+        if self._look_ahead and process != "dis":
+            raise ValueError(f"`look_ahead` asks for the `process` 'dis', got {process!r}. Pass False.")
+        # abstractly: a constructor starts no backend
+        jax.eval_shape(self._check_relations)
+
+    def _check_relations(self) -> None:
+        """Refuse what training would; neither the network nor the dimension matters for that."""
+        process = PROCESSES[self._process](_NO_NET, 1, self._num_steps, self._scale)
+        divergence = DIVERGENCES[self._divergence](process)
+        try:
+            check_options(
+                process,
+                divergence,
+                num_paths=self._num_paths,
+                num_times=self._num_times if divergence.detach else None,
+                num_updates=self._num_updates,
+                coarse_steps=self._coarse_steps,
+                explores=self._exploration > 0,
+                trust_region=self._trust_region,
+                buffer_size=self._buffer_size,
+            )
+        except ValueError as error:
+            chosen = f"With `process` = {self._process!r} and `divergence` = {self._divergence!r}: "
+            raise ValueError(chosen + str(error)) from None
 
     @property
     def evaluations_per_step(self) -> int:
@@ -351,7 +383,9 @@ class LogVarianceDISKernel(DiffusionKernel):
 {_COMMON.strip(chr(10))}
 
     Raises:
-        ValueError: for values out of range; `init` and `MCMC.run` raise for models that do not fit.
+        ValueError: for values out of range, and for options that do not go together, at once; `init` and
+            `MCMC.run` raise for models that do not fit.
+        TypeError: for values of another type, such as a float as a number of steps, and unknown options.
 
     Reference:
         Richter & Berner (2024), Improved sampling via learned diffusions, arXiv:2307.01198.
@@ -368,6 +402,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         (500,)
     """
 
+    @names_unknown_options
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -453,7 +488,9 @@ class SBTMKernel(LearnedKernel):
 {_COMMON.strip(chr(10))}
 
     Raises:
-        ValueError: for values out of range; `init` and `MCMC.run` raise for models that do not fit.
+        ValueError: for values out of range, and for options that do not go together, at once; `init` and
+            `MCMC.run` raise for models that do not fit.
+        TypeError: for values of another type, such as a float as a number of steps, and unknown options.
 
     Reference:
         Ilin, Sushko & Hu (2025), Score-based deterministic density sampling, arXiv:2504.18130.
@@ -470,6 +507,7 @@ class SBTMKernel(LearnedKernel):
         (500,)
     """
 
+    @names_unknown_options
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -513,32 +551,37 @@ class SBTMKernel(LearnedKernel):
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
         )
-        _check_positive(
-            learning_rate=learning_rate,
-            width=width,
-            depth=depth,
-            scale=scale,
-            duration=duration,
-            num_maps=num_maps,
-        )
-        if tolerance is not None:
-            _check_positive(tolerance=tolerance)
-        if annealing is not None and annealing not in ANNEALINGS:
-            raise ValueError(
-                f"`annealing` must be one of {', '.join(map(repr, ANNEALINGS))}, or None, got {annealing!r}."
-            )
+        self._annealing = one_of("annealing", annealing, (*ANNEALINGS, None))
+        self._num_maps = whole("num_maps", num_maps, 1, _MOST_STEPS)
+        self._num_particles = whole("num_particles", num_particles, 3)
+        self._num_updates = whole("num_updates", num_updates, 1, _MOST_STEPS)
+        self._batch_size = min(whole("batch_size", batch_size), self._num_particles)
+        self._solved_output = flag("solved_output", solved_output)
+        self._learning_rate = positive("learning_rate", learning_rate, 1.0)
+        self._net = whole("width", width, 1, _MOST_UNITS), whole("depth", depth, 1, _MOST_LAYERS)
+        self._duration = positive("duration", duration, 1e3)
+        self._tolerance = optional(positive, "tolerance", tolerance, 10.0)
+        self._noisy = optional(flag, "noisy", noisy)
+        self._scale = number("scale", scale, *_SCALES)
         if annealing is not None and noisy:
-            raise ValueError("`annealing` asks for a flow, but `noisy` is True. Pass one of them.")
-        self._annealing = annealing
-        self._num_maps = num_maps
-        self._num_particles, self._num_updates = num_particles, num_updates
-        self._batch_size = min(batch_size, num_particles)
-        self._solved_output = solved_output
-        self._learning_rate = learning_rate
-        self._net = (width, depth)
-        self._duration, self._tolerance = duration, tolerance
-        self._noisy = noisy
-        self._scale = scale
+            raise ValueError(
+                f"`annealing` is {annealing!r} and asks for a flow, but `noisy` is True. Pass one of them."
+            )
+
+    def _is_noisy(self, dim: int) -> bool:
+        return dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy
+
+    def _check_dimension(self, dim: int) -> None:
+        if self._num_particles < dim + 2:
+            raise ValueError(
+                f"`num_particles` must exceed the dimension {dim} by two or more for a regular covariance, "
+                f"got {self._num_particles}."
+            )
+        if self._annealing is not None and self._is_noisy(dim):
+            raise ValueError(
+                f"`annealing` is {self._annealing!r} and asks for a flow, but in {dim} dimensions proposals "
+                f"are noisy by default, above {_MAX_FLOW_DIM}. Pass `noisy=False`, or no annealing."
+            )
 
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         num_maps = min(self._num_maps, num_warmup)
@@ -554,7 +597,7 @@ class SBTMKernel(LearnedKernel):
             duration=self._duration,
             tolerance=self._tolerance,
             base=warm.reference._replace(std=scale * warm.reference.std),
-            noisy=target.dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy,
+            noisy=self._is_noisy(target.dim),
             goal=self._goal,
             smc_particles=self._smc_particles,
             annealing=None if self._annealing is None else ANNEALINGS[self._annealing](),
@@ -563,9 +606,3 @@ class SBTMKernel(LearnedKernel):
             batch_size=self._batch_size,
             solved_output=self._solved_output,
         )
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")

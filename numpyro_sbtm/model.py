@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a NumPyro model, or a potential function, to a density on R^d."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,10 @@ from numpyro.infer.util import initialize_model, unconstrain_fn
 from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
+from numpyro_sbtm.checks import shown
 from numpyro_sbtm.core.target import Key, LogDensity
 from numpyro_sbtm.core.variational import climb
+from numpyro_sbtm.failures import explained, refuse_overflow
 from numpyro_sbtm.lapack import most_points
 from numpyro_sbtm.stages import run_stages
 
@@ -32,6 +34,10 @@ _MAX_BYTES = 2**28  # of an array over all points at which a density is evaluate
 _MAX_TOGETHER = 8192  # points that are never too many
 _ROUNDED = 5e3  # size of log densities from which float32 rounds away half a thousandth and more
 _OFFSET_STEPS = 50
+_UNCONSTRAIN = (
+    "`numpyro.infer.util.unconstrain_fn(model, model_args, model_kwargs, values)` makes unconstrained values "
+    "of the sites' own."
+)
 _START_RADIUS = 0.1  # spread of the starts around the one that comes with a potential function
 
 
@@ -110,7 +116,9 @@ def from_model(
         The problem.
 
     Raises:
-        ValueError: if the model has no continuous latent site, or ``init_params`` names other sites.
+        ValueError: if the model has no continuous latent site, its data do not fit the precision of the run,
+            or ``init_params`` names other sites or a point without a finite density.
+        TypeError: if arguments of the model are no arrays of numbers and it needs such.
         RuntimeError: if no start has a finite log density and gradient.
     """
     key_init, key_prior = jax.random.split(key)
@@ -127,17 +135,11 @@ def from_model(
         )
 
     half = num_starts // 2
-    try:
+    refuse_overflow(model, model_args, model_kwargs)
+    if init_params is not None:
+        _check_positions(init_params)
+    with explained("model", model, model_args, model_kwargs):
         info = initialise(key_init, init_strategy, num_chains + num_starts)
-    except RuntimeError as error:
-        if "Cannot find valid initial parameters" not in str(error):
-            raise
-        raise RuntimeError(
-            "Cannot find valid initial parameters: the log density or its gradient is not finite at "
-            "every point tried. Check the data for NaN or infinite values and the supports of the "
-            "sites, or pass another `init_strategy`, such as "
-            "`init_to_value(values=...)` with a point of finite density."
-        ) from error
     values = info.param_info.z
     # chains come last: what is searched from does not depend on how many there are
     positions = jax.tree.map(lambda leaf: leaf[num_starts:], values)
@@ -161,14 +163,7 @@ def from_model(
     potential_fn = info.potential_fn(*model_args, **model_kwargs)
     scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat)
     if init_params is not None:
-        expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
-        got = {name: jnp.shape(leaf) for name, leaf in init_params.items()}
-        if expected != got:
-            raise ValueError(
-                "`init_params` must hold the unconstrained value of every latent site: expected shapes "
-                f"{expected}, got {got}."
-            )
-        positions = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), init_params, positions)
+        positions = _given_positions(init_params, positions, potential_fn)
         starts = jnp.concatenate([_flat(positions), starts])[:half]
     problem = Problem(
         info.potential_fn,
@@ -198,6 +193,37 @@ def _with_offset(
     # where it is so large it changes as much on the way to a mode
     top = jax.jit(lambda x: log_density(climb(log_density, x, _OFFSET_STEPS)))(starts[best])
     return problem._replace(offset=float(jnp.maximum(top, values[best])))
+
+
+def _check_positions(init_params: Any) -> None:
+    """Refuse positions that no model has, before anything is compiled."""
+    if not isinstance(init_params, Mapping):
+        raise TypeError(
+            "`init_params` must be a dict with the unconstrained value of every latent site, got "
+            f"{shown(init_params)}. {_UNCONSTRAIN}"
+        )
+    for name, value in init_params.items():
+        if not_jax_tracer(value) and not np.all(np.isfinite(value)):
+            raise ValueError(f"`init_params` must be finite, got {shown(np.asarray(value))} for {name!r}.")
+
+
+def _given_positions(init_params: Any, positions: Any, potential_fn: Callable[..., Any]) -> Any:
+    """Take positions that a user gives, in place of others, after checking that the model has them."""
+    expected = {name: jnp.shape(leaf) for name, leaf in positions.items()}
+    got = {name: jnp.shape(leaf) for name, leaf in init_params.items()}
+    if expected != got:
+        raise ValueError(
+            "`init_params` must hold the unconstrained value of every latent site: expected shapes "
+            f"{expected}, got {got}, the leading axis being that of chains. {_UNCONSTRAIN}"
+        )
+    given = {name: jnp.asarray(init_params[name], old.dtype) for name, old in positions.items()}
+    energy = jax.jit(jax.vmap(potential_fn))(given)
+    if not_jax_tracer(energy) and not np.all(np.isfinite(energy)):
+        raise ValueError(
+            "`init_params` must have a finite density, got minus its logarithm "
+            f"{np.asarray(energy).tolist()}. Are they unconstrained values? {_UNCONSTRAIN}"
+        )
+    return given
 
 
 def _scouts(
@@ -295,6 +321,7 @@ def from_potential(
     *,
     num_chains: int,
     num_starts: int,
+    forward_mode: bool,
 ) -> Problem:
     """Set up a potential function, minus a log density, of any pytree of unconstrained arrays.
 
@@ -304,12 +331,14 @@ def from_potential(
         init_params: positions with a leading axis of length ``num_chains``.
         num_chains: how many positions there are.
         num_starts: how many starts to return.
+        forward_mode: differentiate the potential in forward mode.
 
     Returns:
         The problem.
 
     Raises:
         ValueError: if ``init_params`` is missing, empty, or has no finite potential.
+        TypeError: if the potential is no real number.
     """
     if init_params is None:
         raise ValueError("Valid value of `init_params` must be provided with `potential_fn`.")
@@ -317,7 +346,9 @@ def from_potential(
     flat = _flat(positions) if jax.tree.leaves(positions) else jnp.zeros((num_chains, 0))
     if flat.shape[1] == 0:
         raise ValueError("`init_params` is empty, so there is nothing to sample.")
-    energy = jax.vmap(potential_fn)(positions)
+    with explained("potential_fn", potential_fn, (), {}):
+        energy = jax.vmap(potential_fn)(positions)
+    _check_potential(energy, num_chains)
     if not_jax_tracer(energy) and not np.all(np.isfinite(energy)):
         raise ValueError(
             f"`potential_fn` must be finite at `init_params`, got {np.asarray(energy).tolist()}. "
@@ -334,9 +365,23 @@ def from_potential(
         return potential_fn
 
     order = np.arange(flat.shape[1])
-    at_once = _at_once(lambda x: potential_fn(unravel(x)), starts[0], False)
+    with explained("potential_fn", potential_fn, (), {}):
+        at_once = _at_once(lambda x: potential_fn(unravel(x)), starts[0], forward_mode)
     problem = Problem(potential_gen, identity_gen, positions, starts, starts, order, unravel, *at_once)
-    return _with_offset(problem, (), {}, False)
+    return _with_offset(problem, (), {}, forward_mode)
+
+
+def _check_potential(energy: Any, num_chains: int) -> None:
+    """Refuse what a potential function gave at the positions of chains, unless it is a number for each."""
+    must = "`potential_fn` must return one real number, minus a log density"
+    if not isinstance(energy, jax.Array):
+        raise TypeError(f"{must}, got {'None' if energy is None else f'a {type(energy).__name__}'}.")
+    if energy.shape != (num_chains,):
+        raise TypeError(f"{must}, got an array of shape {energy.shape[1:]}. Take its sum, or its only entry.")
+    if not jnp.issubdtype(energy.dtype, jnp.floating):
+        real = jnp.issubdtype(energy.dtype, jnp.complexfloating)
+        cure = "Take its real part." if real else "Compute with floats: integers have no gradient."
+        raise TypeError(f"{must}, got one of dtype {energy.dtype}. {cure}")
 
 
 def logdensity(

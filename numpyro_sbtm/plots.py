@@ -2,7 +2,7 @@
 """Plots of a run. Every function takes the axes to draw on; the only module that needs matplotlib."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -10,7 +10,23 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["log_weights", "points", "training_curve", "trajectories", "transport"]
+__all__ = ["log_weights", "points", "pyplot", "training_curve", "trajectories", "transport"]
+
+
+def pyplot() -> Any:
+    """Import `matplotlib.pyplot`.
+
+    Raises:
+        ImportError: without matplotlib; it names the extra.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib, which is not installed. Install the extra `plot`: "
+            "`pip install numpyro_sbtm[plot]`."
+        ) from error
+    return plt
 
 
 def training_curve(ax: "Axes", loss: Float[np.ndarray, " n"], *, window: int = 20) -> None:

@@ -13,11 +13,12 @@ from numpyro.util import is_prng_key
 
 from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel, absolute
-from numpyro_sbtm.chain import KernelState, Proposals
+from numpyro_sbtm.checks import shown, whole
 from numpyro_sbtm.convergence import Convergence, convergence, site_name
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.evidence import Estimate, from_chains, from_proposals, lower_bound
 from numpyro_sbtm.psis import tail_index
+from numpyro_sbtm.state import KernelState, Proposals
 from numpyro_sbtm.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
 
 if TYPE_CHECKING:
@@ -191,9 +192,7 @@ class Report:
         Raises:
             ImportError: without matplotlib; install the extra ``plot``.
         """
-        import matplotlib.pyplot as plt
-
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        figure, (left, right) = plots.pyplot().subplots(1, 2, figsize=(8, 3), layout="constrained")
         for loss in np.atleast_2d(self.training):
             plots.training_curve(left, loss)
         plots.log_weights(right, self.log_weight, self.log_evidence)
@@ -217,7 +216,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         The report.
 
     Raises:
-        TypeError: for another kernel.
+        TypeError: for what is no run, and for another kernel.
         RuntimeError: if there is no finished run.
         ValueError: for fewer than 100 proposals.
 
@@ -234,6 +233,11 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         >>> found.verdict, round(found.log_evidence, 1)  # log N(1; 0, 2) = -1.515...
         ('reliable', -1.5)
     """
+    if not isinstance(mcmc, MCMC):
+        raise TypeError(
+            f"`mcmc` must be the `numpyro.infer.MCMC` that ran the kernel, got {shown(mcmc)}. "
+            "Call `mcmc.run(...)` and then `report(mcmc)`."
+        )
     kernel, state = mcmc.sampler, mcmc.last_state
     if not isinstance(kernel, LearnedKernel):
         raise TypeError(
@@ -242,11 +246,10 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         )
     if state is None:
         raise RuntimeError("`mcmc` has not been run: call `mcmc.run(...)` first.")
-    if num_proposals < 100:
-        raise ValueError(f"`num_proposals` must be at least 100, got {num_proposals}.")
+    num_proposals = whole("num_proposals", num_proposals, 100)
     if state.training is None:
         raise ValueError(
-            "`mcmc` has run a model without latent values, so that there is nothing to judge: its log evidence is "
+            "`mcmc` has run a model without latent values, so that there is nothing to judge. Its log evidence is "
             f"its log density, {-float(np.max(np.asarray(state.potential_energy)))}."
         )
     if rng_key is None:
@@ -256,7 +259,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     samplers = np.size(state.training.num_steps)
     each = -(-num_proposals // samplers)
     fresh = kernel.propose(state, each, key_proposals, mcmc._args, mcmc._kwargs)
-    log_weight = fresh.log_weight.reshape(-1)
+    log_weight = np.asarray(fresh.log_weight).reshape(-1)
     measured = Measured(
         corrected=kernel.correction is not None,
         ensemble=_any(state.training.ensemble),
@@ -278,6 +281,7 @@ def _summary(
     kernel: LearnedKernel, state: KernelState, measured: Measured, log_weight: Float[np.ndarray, " n"]
 ) -> Report:
     table = checks(measured)
+    assert state.training is not None  # else there is no report
     training, chains, forward, backward = state.training, measured.chains, measured.forward, measured.backward
     elbo, left_out = lower_bound(log_weight, forward.log_evidence)
     return Report(
@@ -321,9 +325,7 @@ def _any(flag: Any) -> bool:
 def _other_data(state: KernelState) -> bool:
     """Say whether the sampler was trained for other data than it draws for."""
     assert state.training is not None
-    return not np.array_equal(
-        np.asarray(state.training.data), np.broadcast_to(state.data, state.training.data.shape)
-    )
+    return bool(np.any(np.asarray(state.training.data) != np.asarray(state.data)))
 
 
 def _chains(mcmc: MCMC) -> Convergence:

@@ -9,7 +9,6 @@ import pytest
 from helpers import assert_within, correlated, two_modes
 from scipy.stats import norm
 
-from numpyro_sbtm import SBTMKernel
 from numpyro_sbtm.core import sbtm
 from numpyro_sbtm.core.anneal import conditional_ess, convolution, dilation, geometric, next_level, tempering
 from numpyro_sbtm.core.dissipation import dissipation
@@ -337,7 +336,3 @@ def test_clear_errors():
         sbtm(correlated(), radial(), optax.sgd(1.0), solved_output=True)
     with pytest.raises(ValueError, match=r"`solved_output` needs .* an `optimiser`.*got None"):
         sbtm(correlated(), NET, None, solved_output=True)
-    with pytest.raises(ValueError, match=r"`annealing` must be one of 'adaptive', .*got 'linear'"):
-        SBTMKernel(lambda: None, annealing="linear")
-    with pytest.raises(ValueError, match="`annealing` asks for a flow, but `noisy` is True"):
-        SBTMKernel(lambda: None, annealing="geometric", noisy=True)

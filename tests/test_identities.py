@@ -110,6 +110,21 @@ def test_training_that_makes_it_worse_is_undone():
     assert float(jnp.std(draw(key, state, 100).log_weight)) < 0.1
 
 
+def test_training_that_leaves_no_finite_weight_is_undone():
+    """No weight varies then: that is not the best, but the worst."""
+    target, net = Target(lambda x: -0.5 * jnp.sum((x - 1.0) ** 2), 2), denoiser(8)
+    process = dis(net, 2, num_steps=4)
+    algorithm = diffusion(target, process, net, log_variance(), optax.adam(1e200), num_paths=16)
+    key = jax.random.key(0)
+    state = algorithm.init(key)
+    advance = jax.jit(algorithm.step)
+    for k in range(4):
+        state, info = advance(jax.random.fold_in(key, k), state)
+    assert float(info.loss) == 0.0  # no weight is left
+    assert bool(state.progress.undone())
+    assert np.all(np.isfinite(algorithm.draw(key, state, 10).log_weight))
+
+
 @pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("name", TARGETS)

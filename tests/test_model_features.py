@@ -116,11 +116,6 @@ def test_guides_precondition(make_guide):
     assert np.all(np.abs(slope.mean(0) - least_squares) < 0.2 * slope.std(0))
 
 
-def test_guides_need_a_model():
-    with pytest.raises(ValueError, match="`precondition` is an AutoGuide, which needs a `model`"):
-        LogVarianceDISKernel(potential_fn=jnp.sum, precondition=AutoNormal(regression))
-
-
 # ------------------------------------------------------------------ large data
 def test_large_data_is_evaluated_a_few_points_at_a_time():
     """A million rows: memory is that of a few points, and the values are those of the model."""

@@ -410,24 +410,3 @@ def test_barely_trained_kernels_are_exact(process, divergence, options):
     found = report(mcmc)
     assert abs(found.log_evidence) < 5.0 * found.log_evidence_se
     assert np.isfinite(found.training).all() and found.skipped_updates == 0 and not found.ensemble
-
-
-def test_options_out_of_range_are_refused():
-    for name in ("exploration", "buffer_size", "score_clip", "patience"):
-        with pytest.raises(ValueError, match=f"`{name}` must not be negative, got -1"):
-            DiffusionKernel(None, lambda x: 0.0, **{name: -1})
-
-
-def test_unknown_processes_and_divergences_are_refused():
-    with pytest.raises(ValueError, match=r"`process` must be one of .*, got .ddpm."):
-        DiffusionKernel(None, lambda x: 0.0, process="ddpm")
-    with pytest.raises(ValueError, match=r"`divergence` must be one of .*, got .hellinger."):
-        DiffusionKernel(None, lambda x: 0.0, divergence="hellinger")
-    with pytest.raises(ValueError, match="`look_ahead` asks for the `process` 'dis', got 'pis'"):
-        DiffusionKernel(None, lambda x: 0.0, process="pis", look_ahead=True)
-    with pytest.raises(ValueError, match="multiple of the divergence's 16 paths per start, got 20"):
-        run_chains(
-            DiffusionKernel(None, lambda x: jnp.sum(x**2), divergence="log-variance-per-start", num_paths=20),
-            warmup=1,
-            init_params=jnp.zeros((4, 2)),
-        )

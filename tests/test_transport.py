@@ -8,7 +8,6 @@ import optax
 import pytest
 from helpers import assert_within, correlated, two_modes
 
-from numpyro_sbtm import SBTMKernel
 from numpyro_sbtm.core import Net, sbtm, simulate
 from numpyro_sbtm.core.anneal import geometric
 from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push
@@ -351,5 +350,3 @@ def test_clear_errors():
         sbtm(correlated(), NET, optax.sgd(1.0), tolerance=0.0)
     with pytest.raises(ValueError, match="`heun` asks for a flow"):
         sbtm(correlated(), NET, optax.sgd(1.0), heun=True, noisy=True)
-    with pytest.raises(ValueError, match="`tolerance` must be positive, got -1"):
-        SBTMKernel(lambda: None, tolerance=-1.0)

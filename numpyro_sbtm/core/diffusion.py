@@ -16,7 +16,7 @@ from numpyro_sbtm.core.smc import path_draws
 from numpyro_sbtm.core.target import Key, Params, Target
 from numpyro_sbtm.core.weights import clean, reachable, resample
 
-__all__ = ["DiffusionState", "diffusion"]
+__all__ = ["DiffusionState", "check_options", "diffusion"]
 
 
 _MIN_STEPS = 50
@@ -83,7 +83,7 @@ class DiffusionState(NamedTuple):
     progress: Progress
 
 
-def _check_options(
+def check_options(
     process: Process,
     divergence: Divergence,
     *,
@@ -95,7 +95,13 @@ def _check_options(
     trust_region: float | None,
     buffer_size: int,
 ) -> int:
-    """Return how many steps training simulates; raise for what `diffusion` cannot do, see there."""
+    """Return how many steps training simulates; raise for what `diffusion` cannot do, see there.
+
+    Nothing is computed, and of the process only its grid matters: neither its network nor its dimension.
+
+    Raises:
+        ValueError: as `diffusion` does.
+    """
     num_steps = process.num_steps
     num_simulated = num_steps if coarse_steps is None else coarse_steps
     if num_paths < 2:
@@ -231,7 +237,7 @@ def diffusion(
         (5, 2)
     """
     num_steps = process.num_steps
-    num_simulated = _check_options(
+    num_simulated = check_options(
         process,
         divergence,
         num_paths=num_paths,
@@ -243,8 +249,12 @@ def diffusion(
         buffer_size=buffer_size,
     )
     group = divergence.paths_per_start
-    spread = log_variance().value
     extra_optimiser = optax.adam(divergence.extra_rate)
+
+    def spread(paths: Path) -> Float[Array, ""]:
+        """The variance of the log weights, boundless where most are not finite: of none it would be zero."""
+        usable = jnp.mean(jnp.isfinite(paths.log_weight), dtype=paths.log_weight.dtype)
+        return jnp.where(usable > 0.5, log_variance().value(paths), jnp.inf)
 
     kept = None
     if buffer_size:
