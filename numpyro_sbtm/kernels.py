@@ -256,6 +256,12 @@ class DiffusionKernel(LearnedKernel):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
         if look_ahead and process != "dis":
             raise ValueError(f"`look_ahead` asks for the `process` 'dis', got {process!r}. Pass False.")
+        if look_ahead and divergence == "kl" and isinstance(precondition, str):
+            raise ValueError(
+                "`look_ahead` with the `divergence` 'kl' asks for a reference of one component, but that of "
+                f"the `precondition` {precondition!r} may have several, between which the look jumps. Take "
+                "'kl-log-derivative' or 'log-variance', or pass `look_ahead=False`."
+            )
         self._process, self._divergence = process, divergence  # names: kernels are pickled
         self._num_steps = num_steps
         self._num_paths = num_paths
