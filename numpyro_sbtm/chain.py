@@ -318,7 +318,8 @@ def learned_chain(
         u, value, _ = local.step(key_move, logdensity_fn, invert(warm.whitening, x)[0], warm.step_size)
         fresh = sampler(training, args, kwargs, lambda one: one.weigh(key_weight, training.algorithm, u))
         moved, log_det = unwhiten(warm.whitening, u)
-        good = jnp.isfinite(fresh) & jnp.isfinite(value) & jnp.all(jnp.isfinite(moved))
+        # an infinite weight: what is never proposed is entered and left by these moves alone
+        good = (fresh > -jnp.inf) & jnp.isfinite(value) & jnp.all(jnp.isfinite(moved))
         return (
             jnp.where(good, moved, x),
             jnp.where(good, fresh, log_weight),
@@ -363,7 +364,7 @@ def learned_chain(
             drawn == 0, first, lambda: (x, state.log_weight, state.potential_energy)
         )
         proposals = jax.tree.map(lambda leaf: leaf[drawn % rounds], block)
-        finite = jnp.isfinite(proposals.log_weight)
+        finite = jnp.isfinite(proposals.log_weight) | ~proposals.one_to_one
 
         def metropolis_step(carry, inputs):  # type: ignore[no-untyped-def]
             x, log_weight, energy = carry
