@@ -225,7 +225,8 @@ class LearnedChain:
         steps = over(partial(_metropolis_steps, corrected=self.corrected))
         (x, log_weight, energy), accept_prob = steps(key_accept, (x, log_weight, energy), proposals)
         x, log_weight, energy = self._moved(key_local, training, (x, log_weight, energy), args, kwargs, data)
-        bad = jnp.sum(~jnp.isfinite(proposals.log_weight), -1, dtype=jnp.int32)
+        finite = jnp.isfinite(proposals.log_weight) | ~proposals.one_to_one
+        bad = jnp.sum(~finite, -1, dtype=jnp.int32)
         before = jnp.where(fresh, 0.0, state.mean_accept_prob)
         return state._replace(
             z=over(self.problem.unravel)(x),
@@ -304,7 +305,8 @@ class LearnedChain:
             weigh = lambda sampler: sampler.weigh(key_weight, training.algorithm, u)  # noqa: E731
             fresh = self._with_sampler(training, args, kwargs, weigh)
             moved, log_det = unwhiten(whitening, u)
-            good = jnp.isfinite(fresh) & jnp.isfinite(value) & jnp.all(jnp.isfinite(moved))
+            # an infinite weight: what is never proposed is entered and left by these moves alone
+            good = (fresh > -jnp.inf) & jnp.isfinite(value) & jnp.all(jnp.isfinite(moved))
             return (
                 jnp.where(good, moved, x),
                 jnp.where(good, fresh, log_weight),

@@ -95,7 +95,8 @@ def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
     log_weight = np.asarray(log_weight, np.float64)
     values, largest = _centred(-log_weight)
     total = values.size
-    if not np.all(np.isfinite(log_weight)):  # a state without weight: nothing was ever accepted there
+    # a weight is infinite where nothing is proposed; without one, nothing was ever accepted
+    if np.any(np.isnan(log_weight) | (log_weight == -np.inf)) or np.all(log_weight == np.inf):
         return Estimate(-np.inf, np.nan, np.inf, 0.0, True)
     inverse = np.exp(values)
     mean = float(np.mean(inverse))

@@ -281,6 +281,12 @@ class DiffusionKernel(LearnedKernel):
             )
         if self._look_ahead and process != "dis":
             raise ValueError(f"`look_ahead` asks for the `process` 'dis', got {process!r}. Pass False.")
+        if self._look_ahead and divergence == "kl" and isinstance(precondition, str):
+            raise ValueError(
+                "`look_ahead` with the `divergence` 'kl' asks for a reference of one component, but that of "
+                f"the `precondition` {precondition!r} may have several, between which the look jumps. Take "
+                "'kl-log-derivative' or 'log-variance', or pass `look_ahead=False`."
+            )
         # abstractly: a constructor starts no backend
         jax.eval_shape(self._check_relations)
 

@@ -23,6 +23,7 @@ from test_exactness import largest_z_score
 
 from numpyro_sbtm import DiffusionKernel, report
 from numpyro_sbtm.core import (
+    Net,
     Target,
     diffusion,
     dis,
@@ -39,6 +40,7 @@ from numpyro_sbtm.core import (
     two_pass_gradient,
 )
 from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
+from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.core.weights import log_evidence, reachable
 from numpyro_sbtm.kernels import DIVERGENCES, NETS, PROCESSES
@@ -162,6 +164,74 @@ def test_the_log_derivative_gradient_is_that_of_kl(name):
     error = jnp.std(difference) / np.sqrt(difference.size)
     assert float(jnp.abs(jnp.mean(size))) > 3.0 * float(error)  # there is something to agree on
     assert_within(jnp.mean(difference), 0.0, error)
+
+
+def _exact_kl(process, target, half_width, num):
+    """KL on a line, less log Z, as a function of the parameters: a sum over the steps on a grid."""
+    x = jnp.linspace(-half_width, half_width, num)[:, None]
+    cell = 2 * half_width / (num - 1)
+    over = jax.vmap(lambda f, *a: jax.vmap(lambda y: f(*a, y))(x), in_axes=(None, 0, 0))
+    scores = jax.vmap(jax.grad(target.logdensity_fn))(x)
+
+    def value(params):
+        start = process.init(params)
+        log_law = jax.vmap(start.log_prob)(x)
+        total = jnp.sum(cell * jnp.exp(log_law) * log_law)
+        for k in map(jnp.asarray, range(process.num_steps)):
+            forward = over(lambda y, g, z, k=k: process.forward(params, k, y, g).log_prob(z), x, scores)
+            backward = over(lambda y, _, z, k=k: process.backward(params, k, z, y).log_prob(y), x, scores)
+            joint = cell**2 * jnp.exp(log_law[:, None] + forward)
+            total += jnp.sum(joint * (forward - backward))
+            log_law = jnp.log(jnp.sum(joint, 0) / cell)
+        return total - jnp.sum(cell * jnp.exp(log_law) * jax.vmap(target.logdensity_fn)(x))
+
+    return value
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gradient_of_kl_sees_which_component_is_drawn():
+    """On a line, against a quadrature: logits of components, and shifts that change their shares later on."""
+    # what is learned: the same logits and the same shift at every step
+    net = Net(
+        lambda key, dim: jnp.zeros(4),
+        lambda params, t, x, score: (params[3:], 0.0 * x, jnp.zeros((), x.dtype), params[:3]),
+    )
+    centre, std = jnp.array([[-2.0], [0.5], [3.0]]), jnp.array([[0.6], [0.8], [0.7]])
+    reference = Mixture(jnp.log(jnp.array([0.3, 0.4, 0.3])), None, centre, std)
+    process = dis(net, 1, 4, reference=reference)
+    masses = jnp.array([0.5, 0.2, 0.3])
+    target = Target(Mixture(jnp.log(masses), None, centre + 0.2, std).log_prob, 1)
+    params = jnp.array([0.2, -0.3, 0.1, 0.15])
+    exact, truth = jax.jit(jax.value_and_grad(_exact_kl(process, target, 9.0, 1000)))(params)
+
+    def estimate(seed):
+        return jax.value_and_grad(lambda p: kl().value(batch(process, p, target, seed, 32, detach=False)))(
+            params
+        )
+
+    values, gradients = jax.jit(lambda seeds: jax.lax.map(estimate, seeds, batch_size=100))(jnp.arange(3000))
+    assert_within(jnp.mean(values), exact, jnp.std(values) / np.sqrt(3000))
+    error = jnp.std(gradients, 0) / np.sqrt(3000)
+    assert float(jnp.max(error)) < 0.01 < 0.03 < float(jnp.min(jnp.abs(truth)))
+    assert_within(jnp.mean(gradients, 0), truth, error)
+
+
+@pytest.mark.usefixtures("x64")
+def test_points_that_are_given_are_no_choice():
+    process, params = shaken(2, reference=three_components())
+    free, key = jnp.full((5, 2), jnp.nan), jax.random.key(0)
+    choice = lambda given: simulate(process, params, two_modes(), key, detach=False, given=given).log_choice  # noqa: E731
+    assert float(choice(free)) < 0.0 == float(choice(jnp.zeros((5, 2))))
+
+
+def test_a_look_that_jumps_is_refused_where_gradients_run_along_paths():
+    process, _ = shaken(2, reference=three_components(), look_ahead=True)
+    with pytest.raises(ValueError, match="`process` looks ahead with a mixture of several components"):
+        diffusion(two_modes(), process, denoiser(8), kl(), optax.sgd(0.0))
+    with pytest.raises(
+        ValueError, match="`precondition` 'auto' may have several, between which the look jumps"
+    ):
+        DiffusionKernel(None, lambda x: 0.0, divergence="kl", look_ahead=True)
 
 
 @pytest.mark.usefixtures("x64")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from helpers import assert_within, correlated, two_modes
 
 from numpyro_sbtm.core import Net, sbtm, simulate
@@ -15,7 +16,7 @@ from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
 from numpyro_sbtm.core.transport import euler_map, log_abs_det, spectral_norm
-from numpyro_sbtm.core.weights import log_evidence, log_variance_at
+from numpyro_sbtm.core.weights import log_evidence, log_variance_at, metropolis
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.targets import gaussian
 
@@ -350,3 +351,75 @@ def test_clear_errors():
         sbtm(correlated(), NET, optax.sgd(1.0), tolerance=0.0)
     with pytest.raises(ValueError, match="`heun` asks for a flow"):
         sbtm(correlated(), NET, optax.sgd(1.0), heun=True, noisy=True)
+
+
+# ------------------------------------------------------------------ maps that fold
+BEND = 0.35
+LOWEST, HIGHEST = -0.25 / BEND, 0.75 / BEND  # from where the inverse leads back to one point
+
+
+def folding(target):
+    """The one map u ↦ u + BEND u² of N(0, 1): two points have one image, and none lies below LOWEST."""
+    square = Net(lambda key, dim: jnp.zeros(0), lambda params, x: x**2)
+    algorithm = sbtm(target, square, optax.sgd(0.0), num_particles=8, num_maps=1, num_probes=8)
+    state = algorithm.init(jax.random.key(0))
+    zero, eye = jnp.zeros((1, 1)), jnp.eye(1)[None]
+    maps = Maps(jnp.zeros((1, 0)), zero, eye, eye, zero, 0.0 * eye, jnp.array([BEND]))
+    return algorithm, state._replace(maps=maps, divergence=jnp.array([1.0, 0.0]))
+
+
+def test_flows_that_fold_propose_each_point_from_one_place():
+    """E[w] = Z π(A) and E_π[1/w] = P(S): maps are one-to-one on S, and carry it to A."""
+    target = gaussian(np.array([0.5]), np.eye(1))
+    algorithm, state = folding(target)
+    n = 100_000
+    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, n)
+    weigh = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))
+    x = target.sample(jax.random.key(2), n)
+    log_weight = weigh(x)
+    proposed = log_weight < jnp.inf
+    # the inverse takes fifty steps at most: some of what is left out could be found in more
+    assert not bool(jnp.any(proposed, where=(x[:, 0] < LOWEST) | (x[:, 0] > HIGHEST)))
+    easy = lambda slope: (slope**2 - 1) / (4 * BEND)  # noqa: E731
+    assert bool(jnp.all(proposed, where=(x[:, 0] > easy(0.25)) & (x[:, 0] < easy(1.75))))
+    assert bool(jnp.all((draws.log_weight == -jnp.inf) == ~draws.one_to_one))
+    weight, inverse = jnp.exp(draws.log_weight), jnp.exp(-log_weight)
+    for one, other in ((weight, proposed), (inverse, draws.one_to_one)):
+        assert 0.5 < float(jnp.mean(other)) < 0.95 and float(jnp.std(one)) < 1.0
+        assert_within(jnp.mean(one), jnp.mean(other), jnp.hypot(jnp.std(one), jnp.std(other)) / np.sqrt(n))
+    again = weigh(draws.x)
+    np.testing.assert_allclose(again[draws.one_to_one], draws.log_weight[draws.one_to_one], atol=1e-3)
+
+
+def test_chains_with_flows_that_fold_leave_the_target_alone():
+    """Exact draws stay exact draws, under proposals of the flow and local moves."""
+    target = gaussian(np.array([0.5]), np.eye(1))
+    algorithm, state = folding(target)
+    n = 100_000
+    weigh = jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x))
+    density = jax.vmap(target.logdensity_fn)
+
+    def step(carry, key):
+        x, log_weight = carry
+        key_draw, key_accept, key_move, key_local = jax.random.split(key, 4)
+        draws = algorithm.draw(key_draw, state, n)
+        accept, _ = metropolis(key_accept, log_weight, draws.log_weight)
+        x = jnp.where(accept[:, None], draws.x, x)
+        log_weight = jnp.where(accept, draws.log_weight, log_weight)
+        near = x + jax.random.normal(key_move, x.shape)
+        fresh = weigh(near)
+        moves = (jnp.log(jax.random.uniform(key_local, (n,))) < density(near) - density(x)) & (
+            fresh > -jnp.inf
+        )
+        return (jnp.where(moves[:, None], near, x), jnp.where(moves, fresh, log_weight)), jnp.mean(accept)
+
+    x = target.sample(jax.random.key(2), n)
+    keys = jax.random.split(jax.random.key(3), 5)
+    (x, _), accepted = jax.jit(lambda x: jax.lax.scan(step, (x, weigh(x)), keys))(x)
+    assert float(jnp.min(accepted)) > 0.3
+    x = x[:, 0]
+    assert_within(jnp.mean(x), 0.5, 1.0 / np.sqrt(n))
+    assert_within(jnp.var(x), 1.0, np.sqrt(2.0 / n))
+    for level in (LOWEST, 0.0, 1.0, HIGHEST):
+        mass = scipy.stats.norm.cdf(level - 0.5)
+        assert_within(jnp.mean(x < level), mass, np.sqrt(mass * (1 - mass) / n))

@@ -37,8 +37,8 @@ class Draws(NamedTuple):
         x: shape ``[n, d]``.
         log_weight: log of unnormalised target over proposal, on the point or on the path, shape ``[n]``.
         logdensity: the unnormalised log density of the target at x, shape ``[n]``.
-        one_to_one: False where the map behind a draw may fold space, so that its weight cannot be
-            trusted; always True for methods whose weights are exact, shape ``[n]``.
+        one_to_one: False for a draw of weight zero because a map behind it folds space and its inverse does
+            not lead back to where the draw came from; always True for methods without maps, shape ``[n]``.
     """
 
     x: Float[Array, "n d"]
@@ -68,7 +68,8 @@ class Algorithm(NamedTuple):
         draw: ``(key, state, n) -> Draws``. ``n`` fresh draws with exact weights; ``n`` is static.
         weigh: ``(key, state, x) -> log_weight`` of a given point, shape ``[d]`` to shape ``[]``: of the
             point itself, or of a fresh path that ends there. For a draw x of the target and this weight
-            the pair has the law that Metropolis steps leave invariant. NaN if it cannot be computed.
+            the pair has the law that Metropolis steps leave invariant. Infinite for a point that is never
+            drawn, which only other moves leave; NaN if it cannot be computed.
         ensemble: dearer proposals for where the weights of single draws vary too much, or None.
     """
 

@@ -117,6 +117,13 @@ def check_options(
             "divergence, and what it lowers no longer bounds how far the draws are off (Sanokowski et al. "
             "2025). Take 'kl' or 'kl-log-derivative', or a process with a fixed reference."
         )
+    if not (process.continuous or divergence.detach):
+        raise ValueError(
+            "`divergence` differentiates through the simulation, but `process` looks ahead with a mixture of "
+            "several components: its chains jump where another one becomes the likeliest, and the gradient "
+            "along the paths does not see that. Pass `look_ahead=False`, or take 'kl-log-derivative' or "
+            "'log-variance'."
+        )
     if coarse_steps is not None and (process.coarse is None or not divergence.any_grid):
         who = "`process`" if process.coarse is None else "`divergence`"
         raise ValueError(f"`coarse_steps` is {coarse_steps}, but {who} is tied to its grid. Pass None.")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.path import Path, log_kernels
 from numpyro_sbtm.core.process import Net, Process
@@ -33,7 +33,8 @@ class Divergence(NamedTuple):
     Attributes:
         value: ``(paths, extra) -> loss``, from a batch of paths, leading axis ``n``, to shape ``[]``.
         detach: whether the paths' points are constants. True allows the two-pass gradient; False asks
-            for differentiation through the simulation.
+            for differentiation through the simulation, and the value must have the gradient of what is
+            discrete there (see `Path.log_choice`).
         extra: ``(key, d) -> first value`` of what is learned beside the process, such as log Z; or None.
         extra_rate: step size of its own Adam.
         paths_per_start: how many consecutive paths share their x_0.
@@ -55,11 +56,17 @@ class Divergence(NamedTuple):
 def kl() -> Divergence:
     """Make the reverse Kullback-Leibler divergence of the path laws, less the constant log Z.
 
-    ``mean(-log_weight)``, reparametrised: gradients run through the trajectory. Paths with a
-    non-finite weight are left out of the mean.
+    ``mean(-log_weight)``, reparametrised: gradients run through the trajectory. Where the forward chain
+    draws a component c of a mixture at every step, that is half of the gradient. With R = -log w of a path
+    and R̄ its mean over the other paths, the whole is
+
+        mean(∇R, for the components drawn,  +  (R - R̄) ∇log p(c)).
+
+    Paths with a non-finite weight are left out of the mean.
 
     Reference:
-        Richter & Berner (2024), arXiv:2307.01198, eq. 9.
+        Richter & Berner (2024), arXiv:2307.01198, eq. 9; Schulman et al. (2015), arXiv:1506.05254, theorem 1
+        (the gradient where some nodes are discrete draws).
 
     Examples:
         >>> from numpyro_sbtm.core.divergence import kl
@@ -69,10 +76,28 @@ def kl() -> Divergence:
 
     def value(paths: Path, extra: None = None) -> Float[Array, ""]:
         keep = jnp.isfinite(paths.log_weight)
-        loss = jnp.where(keep, -paths.log_weight, 0.0)
-        return jnp.sum(loss) / jnp.maximum(jnp.sum(keep), 1)
+        cost = jnp.where(keep, -paths.log_weight, 0.0)
+        mean = jnp.sum(cost) / jnp.maximum(jnp.sum(keep), 1)
+        if paths.log_choice is None:
+            return mean
+        centred, count = _less_mean_of_others(cost, keep)
+        surrogate = jnp.sum(centred * jnp.where(keep, paths.log_choice, 0.0)) / count
+        return mean + surrogate - jax.lax.stop_gradient(surrogate)
 
     return Divergence(value, detach=False, on_policy=True, any_reference=True)
+
+
+def _less_mean_of_others(
+    cost: Float[Array, " n"], keep: Bool[Array, " n"]
+) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    """Take from each cost that is kept, as a constant, the mean of the others; and count the kept ones.
+
+    The mean of the others does not depend on the path itself, so that as a baseline it biases no gradient.
+    """
+    cost = jax.lax.stop_gradient(cost)
+    count = jnp.maximum(jnp.sum(keep), 2)
+    # R - mean of the others = (R - mean) n / (n - 1)
+    return jnp.where(keep, cost - jnp.sum(cost) / count, 0.0) * count / (count - 1), count
 
 
 def kl_log_derivative() -> Divergence:
@@ -95,11 +120,9 @@ def kl_log_derivative() -> Divergence:
 
     def value(paths: Path, extra: None = None) -> Float[Array, ""]:
         keep = jnp.isfinite(paths.log_weight)
-        count = jnp.maximum(jnp.sum(keep), 2)
         cost = jax.lax.stop_gradient(jnp.where(keep, -paths.log_weight, 0.0))
+        centred, count = _less_mean_of_others(cost, keep)
         mean = jnp.sum(cost) / count
-        # with the mean of the other paths: (R - mean) n / (n - 1)
-        centred = jnp.where(keep, cost - mean, 0.0) * count / (count - 1)
         forward = jnp.where(keep, paths.log_init + jnp.sum(paths.log_forward, -1), 0.0)
         backward = jnp.where(keep, jnp.sum(paths.log_backward, -1), 0.0)
         surrogate = jnp.sum(centred * forward - backward) / count

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What transport leaves behind: a stack of maps, followed exactly, or with noise and without determinants."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.controlled import Pinned
 from numpyro_sbtm.core.process import Net, Process
@@ -14,9 +15,11 @@ from numpyro_sbtm.core.target import Params
 from numpyro_sbtm.core.transition import Transition
 from numpyro_sbtm.core.transport import euler_map
 
-__all__ = ["Maps", "displacement", "noisy_transport", "pull", "push", "trajectory", "velocity"]
+__all__ = ["Maps", "displacement", "noisy_transport", "pull", "push", "returns", "trajectory", "velocity"]
 
-_MAX_INVERSION_STEPS = 50
+_MAX_INVERSION_STEPS = 100
+_RETURN_STEPS = 50  # within which a point must return, fewer so that what returns is also found
+_SAME = 1e-4  # distance, relative to 1 + |x|, within which a point that is carried back has returned
 
 
 class Maps(NamedTuple):
@@ -118,6 +121,35 @@ def trajectory(net: Net, maps: Maps, x: Float[Array, " d"]) -> Float[Array, "K1 
     return jnp.concatenate([x[None], jax.lax.scan(step, x, maps)[1]])
 
 
+def _undo(
+    net: Net,
+    one: Maps,
+    image: Float[Array, " d"],
+    max_steps: int,
+    done: Callable[[Float[Array, " d"]], Bool[Array, ""]] | None = None,
+) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+    """Undo one map by the iteration y ← image - h v(y), from the image on; with the last change of y.
+
+    Where it ends depends on the image alone: of several points with this image it finds one at most. It
+    may end early, once ``done(y)``.
+    """
+    tolerance = 4.0 * jnp.finfo(image.dtype).eps
+
+    def iterate(inner):  # type: ignore[no-untyped-def]
+        k, y, _ = inner
+        new = image - one.step_size * displacement(net, one, y)
+        return k + 1, new, jnp.max(jnp.abs(new - y))
+
+    def unfinished(inner):  # type: ignore[no-untyped-def]
+        k, y, change = inner
+        going = (change > tolerance * (1.0 + jnp.max(jnp.abs(y)))) & (k < max_steps)
+        return going if done is None else going & ~done(y)
+
+    first = jnp.zeros((), jnp.int32), image, jnp.asarray(jnp.inf, image.dtype)
+    _, y, change = jax.lax.while_loop(unfinished, iterate, first)
+    return y, change
+
+
 def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
     """Carry one point back through all maps: the inverse of `push`.
 
@@ -133,25 +165,53 @@ def pull(net: Net, maps: Maps, x: Float[Array, " d"]) -> tuple[Float[Array, " d"
         The point that `push` carries to x, and the largest change in a last iteration: not small where
         an iteration did not converge.
     """
-    tolerance = 4.0 * jnp.finfo(x.dtype).eps
 
     def undo(carry, one: Maps):  # type: ignore[no-untyped-def]
         image, worst = carry
-
-        def iterate(inner):  # type: ignore[no-untyped-def]
-            k, y, _ = inner
-            new = image - one.step_size * displacement(net, one, y)
-            return k + 1, new, jnp.max(jnp.abs(new - y))
-
-        def unfinished(inner):  # type: ignore[no-untyped-def]
-            k, y, change = inner
-            return (change > tolerance * (1.0 + jnp.max(jnp.abs(y)))) & (k < _MAX_INVERSION_STEPS)
-
-        first = jnp.zeros((), jnp.int32), image, jnp.asarray(jnp.inf, image.dtype)
-        _, y, change = jax.lax.while_loop(unfinished, iterate, first)
+        y, change = _undo(net, one, image, _MAX_INVERSION_STEPS)
         return (y, jnp.maximum(worst, change)), None
 
     return jax.lax.scan(undo, (x, jnp.zeros((), x.dtype)), maps, reverse=True)[0]
+
+
+def returns(net: Net, maps: Maps, x: Float[Array, " d"]) -> Bool[Array, ""]:
+    """Say whether `pull` finds its way back from the image of a point, through every map.
+
+    Maps that fold space give several points one image. On the set S of points that return they are
+    one-to-one, whatever they do elsewhere, because `pull` finds one point at most. What is pushed from S
+    alone has the density p(x) / |det|, and no other. Points from which ‖D(x' - x)‖ exceeds one in a map do
+    not belong to S either: the iteration that undoes it may come near them, but does not stay.
+
+    Args:
+        net: the network.
+        maps: the maps.
+        x: the point, shape ``[d]``.
+
+    Returns:
+        Whether x is in S, shape ``[]``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net
+        >>> from numpyro_sbtm.core.flow import Maps, push, returns
+        >>> wave = Net(lambda key, d: (), lambda params, x: -jnp.sin(x))
+        >>> zero, eye = jnp.zeros((1, 1)), jnp.eye(1)[None]
+        >>> maps = Maps((), zero, eye, eye, zero, 0 * eye, jnp.array([3.0]))  # x - 3 sin x folds
+        >>> [bool(returns(wave, maps, jnp.array([x]))) for x in (0.3, 1.8)]
+        [False, True]
+    """
+
+    def step(carry, one: Maps):  # type: ignore[no-untyped-def]
+        x, good = carry
+
+        def near(y: Float[Array, " d"]) -> Bool[Array, ""]:
+            return jnp.max(jnp.abs(y - x)) <= _SAME * (1.0 + jnp.max(jnp.abs(x)))
+
+        image = x + one.step_size * displacement(net, one, x)
+        back, _ = _undo(net, one, image, _RETURN_STEPS, near)
+        return (image, good & near(back)), None
+
+    return jax.lax.scan(step, (x, jnp.ones((), bool)), maps)[0][1]
 
 
 def noisy_transport(net: Net, num_maps: int, base: Transition) -> Process:

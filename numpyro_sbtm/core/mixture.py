@@ -77,11 +77,19 @@ class Mixture(NamedTuple):
         return self._replace(std=factor * self.std)
 
     def sample(self, key: Key) -> Float[Array, " d"]:
-        """Draw one point; differentiable in all but the weights."""
+        """Draw one point; differentiable in all but the weights (see `sample_component`)."""
+        return self.sample_component(key)[0]
+
+    def sample_component(self, key: Key) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """Draw one point, and log p of the component that it was drawn from.
+
+        The point does not change with the weights p while the component stays the same. The gradient of the
+        mean of f(point) is therefore the mean of ∇f + f ∇log p, not that of ∇f alone.
+        """
         shape, dtype = self.centre.shape[1:], self.centre.dtype
         if len(self.log_weight) == 1:
             y = self.centre[0] + self.std[0] * jax.random.normal(key, shape, dtype)
-            return y if self.rotation is None else self.rotation[0] @ y
+            return (y if self.rotation is None else self.rotation[0] @ y), jnp.zeros((), dtype)
         key_component, key_noise = jax.random.split(key)
         # by the inverse distribution function: one random number, not one for every component
         cumulative = jnp.cumsum(jax.nn.softmax(self.log_weight))
@@ -89,7 +97,7 @@ class Mixture(NamedTuple):
         c = jnp.minimum(jnp.sum(cumulative <= level), len(cumulative) - 1)
         noise = jax.random.normal(key_noise, shape, dtype)
         y = self.centre[c] + self.std[c] * noise
-        return y if self.rotation is None else self.rotation[c] @ y
+        return (y if self.rotation is None else self.rotation[c] @ y), jax.nn.log_softmax(self.log_weight)[c]
 
 
 def normal(dim: int, scale: float = 1.0) -> Mixture:

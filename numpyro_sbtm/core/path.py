@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.process import Process
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
+from numpyro_sbtm.core.transition import Transition
 
 __all__ = ["Path", "evaluate", "log_kernels", "noise_path", "observe", "reevaluate", "simulate"]
 
@@ -24,6 +26,10 @@ class Path(NamedTuple):
         log_forward: log F_k(x_{k+1} | x_k), shape ``[T]``.
         log_backward: log B_k(x_k | x_{k+1}), shape ``[T]``.
         log_target: the unnormalised log density of x_T, shape ``[]``.
+        log_choice: where gradients run through the points, the log probability of all that is discrete in
+            how they were drawn, the components of mixtures: points do not change with it, so that the
+            gradient of a mean of L has the term L ∇log_choice, shape ``[]``. None for points that are
+            constants.
     """
 
     xs: Float[Array, "*n T1 d"]
@@ -32,6 +38,7 @@ class Path(NamedTuple):
     log_forward: Float[Array, "*n T"]
     log_backward: Float[Array, "*n T"]
     log_target: Float[Array, "*n"]
+    log_choice: Float[Array, "*n"] | None = None
 
     def tempered(self, share: Float[Array, ""]) -> "Path":
         """Aim at ``F^(1-share) (ρ B)^share`` instead of ρ B, F being the chain that made the path.
@@ -101,6 +108,14 @@ def log_kernels(
     )
 
 
+def _drawn(law: Transition, key: Key) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+    """Draw one point, with the log probability of what is discrete about it."""
+    if isinstance(law, Mixture):
+        return law.sample_component(key)
+    x = law.sample(key)
+    return x, jnp.zeros((), x.dtype)
+
+
 def simulate(
     process: Process,
     params: Params,
@@ -119,7 +134,8 @@ def simulate(
         target: the density of x_T.
         key: random key.
         detach: stop gradients through the points, so that only the densities depend on ``params``
-            (log-variance); False lets gradients run through the trajectory (reparametrised KL).
+            (log-variance); False lets gradients run through the trajectory (reparametrised KL), and the path
+            has its ``log_choice``.
         given: points to go through, shape ``[T+1, d]``; a row that is not finite is drawn. None draws all.
         widen: points are drawn from the forward chain with its standard deviations times this, to explore;
             the densities remain those of the chain itself. None: 1.
@@ -139,10 +155,13 @@ def simulate(
     last = process.num_steps - 1
     keys = jax.random.split(key, process.num_steps + 2)
 
-    def point(k: Int[Array, ""], drawn: Float[Array, " d"]) -> Float[Array, " d"]:
+    def point(k: Int[Array, ""], law: Transition, key: Key) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        drawn, log_choice = _drawn(law, key)
         if given is not None:
-            drawn = jnp.where(jnp.all(jnp.isfinite(given[k])), given[k].astype(drawn.dtype), drawn)
-        return jax.lax.stop_gradient(drawn) if detach else drawn
+            pinned = jnp.all(jnp.isfinite(given[k]))
+            drawn = jnp.where(pinned, given[k].astype(drawn.dtype), drawn)
+            log_choice = jnp.where(pinned, 0.0, log_choice)
+        return (jax.lax.stop_gradient(drawn) if detach else drawn), log_choice
 
     def step(carry, inputs):  # type: ignore[no-untyped-def]
         # arrive at x_k and go on: one place that calls the target. What x_0 came from and where x_T goes is
@@ -153,15 +172,15 @@ def simulate(
         log_backward = process.backward(params, jnp.maximum(k - 1, 0), x, score).log_prob(before)
         forward = process.forward(params, jnp.minimum(k, last), x, score)
         wider = forward if widen is None else forward.widened(widen)
-        after = point(jnp.minimum(k, last) + 1, wider.sample(key_k))
-        return (x, after), (x, score, forward.log_prob(after), log_backward, log_target)
+        after, log_choice = point(jnp.minimum(k, last) + 1, wider, key_k)
+        return (x, after), (x, score, forward.log_prob(after), log_backward, log_target, log_choice)
 
     init = process.init(params)
-    x0 = point(jnp.zeros((), jnp.int32), init.sample(keys[0]))
+    x0, first_choice = point(jnp.zeros((), jnp.int32), init, keys[0])
     steps = jnp.arange(process.num_steps + 1), keys[1:]
-    _, (xs, scores, log_forward, log_backward, log_targets) = jax.lax.scan(step, (x0, x0), steps)
-    log_init = init.log_prob(x0)
-    return Path(xs, scores, log_init, log_forward[:-1], log_backward[1:], log_targets[-1])
+    _, (xs, scores, log_forward, log_backward, log_targets, choices) = jax.lax.scan(step, (x0, x0), steps)
+    path = Path(xs, scores, init.log_prob(x0), log_forward[:-1], log_backward[1:], log_targets[-1])
+    return path if detach else path._replace(log_choice=first_choice + jnp.sum(choices[:-1]))
 
 
 def noise_path(

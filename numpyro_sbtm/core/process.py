@@ -70,6 +70,8 @@ class Process(NamedTuple):
         coarse: ``points -> Process``, the same process on some points of its grid, shape ``[m+1]``,
             increasing from 0 to T; None where it is not known between other points than neighbours.
         learns_reference: whether the law of x_0 or the size of the noise depends on the parameters.
+        continuous: whether the chains are continuous functions of the points. Across a jump the gradient of
+            a mean over paths is not that along the paths.
     """
 
     num_steps: int
@@ -81,6 +83,7 @@ class Process(NamedTuple):
     look: Callable[[Int[Array, ""], Float[Array, " d"], Float[Array, " d"]], Float[Array, " d"]] | None = None
     coarse: Callable[[Int[Array, " m1"]], "Process"] | None = None
     learns_reference: bool = False
+    continuous: bool = True
 
 
 def at(
@@ -285,4 +288,8 @@ def _reversal(
 
     init = noised(jnp.asarray(root_share[0]), jnp.asarray(scale**2 * noise[0]))
     ahead = look if look_ahead else None
-    return Process(len(alpha), lambda params: init, forward, backward, marginal, share, ahead)
+    # which component is the likeliest changes at once
+    continuous = not look_ahead or len(reference.log_weight) == 1
+    return Process(
+        len(alpha), lambda params: init, forward, backward, marginal, share, ahead, continuous=continuous
+    )

@@ -20,7 +20,7 @@ from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info
 from numpyro_sbtm.core.anneal import Annealing, next_level
 from numpyro_sbtm.core.dissipation import Dissipation, dissipation
 from numpyro_sbtm.core.divergence import log_variance
-from numpyro_sbtm.core.flow import Maps, displacement, noisy_transport, pull, push, velocity
+from numpyro_sbtm.core.flow import Maps, displacement, noisy_transport, pull, push, returns, velocity
 from numpyro_sbtm.core.learning import (
     Cloud,
     affine_part,
@@ -501,22 +501,33 @@ def sbtm(
         used = jnp.arange(num_maps) < jnp.argmin(state.divergence)
         return state.maps._replace(step_size=jnp.where(used, state.maps.step_size, 0.0))
 
+    def checked_push(
+        maps: Maps, x: Float[Array, " d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
+        """Carry a point through the maps, and say whether it is one of those where they are one-to-one."""
+        image, log_det, stretch = push(net, maps, x)
+        # what comes near a point that repels has not returned to it
+        return image, log_det, returns(net, maps, x) & (stretch < 1.0)
+
     def draw(key: Key, state: SBTMState, n: int) -> Draws:
         maps = best(state)
         start = jax.vmap(base.sample)(jax.random.split(key, n))
-        x, log_det, stretch = jax.vmap(lambda x: push(net, maps, x))(start)
+        x, log_det, one_to_one = jax.vmap(lambda x: checked_push(maps, x))(start)
+        one_to_one |= ~jnp.all(jnp.isfinite(x), -1)  # lost for another reason
         logdensity = jax.vmap(target.logdensity_fn)(x)
         log_proposal = jax.vmap(base.log_prob)(start) - log_det
-        return Draws(x, logdensity - log_proposal, logdensity, stretch < 1.0)
+        log_weight = jnp.where(one_to_one, logdensity - log_proposal, -jnp.inf)
+        return Draws(x, log_weight, logdensity, one_to_one)
 
     def weigh(key: Key, state: SBTMState, x: Float[Array, " d"]) -> Float[Array, ""]:
         del key
         maps = best(state)
-        start, error = pull(net, maps, x)
-        image, log_det, _ = push(net, maps, start)
-        log_weight = target.logdensity_fn(x) - base.log_prob(start) + log_det
-        there = (error < _INVERSION_ERROR) & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
-        return jnp.where(there, log_weight, jnp.nan)
+        start, _ = pull(net, maps, x)
+        image, log_det, one_to_one = checked_push(maps, start)
+        logdensity = target.logdensity_fn(x)
+        log_weight = logdensity - base.log_prob(start) + log_det
+        proposed = one_to_one & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
+        return jnp.where(proposed, log_weight, jnp.where(jnp.isfinite(logdensity), jnp.inf, jnp.nan))
 
     if noisy:
         single, several = path_draws(process, target, lambda state: (best(state), state.noise), smc_particles)

@@ -76,8 +76,8 @@ def independent_ensemble(algorithm: Algorithm, num_particles: int) -> Ensemble:
         key_own, key_draw = jax.random.split(key)
         own = algorithm.weigh(key_own, state, x)
         others = clean(algorithm.draw(after(key_draw, own), state, num_particles - 1).log_weight)
-        log_weight = jnp.append(clean(own), others)
-        return jnp.where(jnp.isfinite(own), logsumexp(log_weight) - jnp.log(num_particles), jnp.nan)
+        log_weight = logsumexp(jnp.append(own, others)) - jnp.log(num_particles)
+        return jnp.where(own > -jnp.inf, log_weight, jnp.nan)
 
     return Ensemble(draw, weigh)
 

@@ -135,8 +135,9 @@ def metropolis(
 ) -> tuple[Bool[Array, "*n"], Float[Array, "*n"]]:
     """Accept or reject independent proposals: probability ``min(1, w' / w)``.
 
-    Leaves the target invariant whatever the proposal, on points and on paths alike; a proposal of
-    weight zero is never accepted, and a current weight of zero always left.
+    Leaves the target invariant whatever the proposal, on points and on paths alike. A proposal of weight
+    zero is never accepted, and a current weight of zero, or of no value, always left; one that is infinite,
+    of a state that is never proposed, is never left.
 
     Args:
         key: random key.
@@ -157,7 +158,7 @@ def metropolis(
         ([True], [1.0])
     """
     proposed = clean(proposed_log_weight)
-    log_ratio = jnp.where(jnp.isfinite(log_weight), proposed - log_weight, jnp.inf)
+    log_ratio = jnp.where(log_weight > -jnp.inf, proposed - log_weight, jnp.inf)
     accept_prob = jnp.where(jnp.isfinite(proposed), jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
     uniform = jax.random.uniform(key, accept_prob.shape, accept_prob.dtype)
     return uniform < accept_prob, accept_prob
