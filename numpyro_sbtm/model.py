@@ -23,11 +23,20 @@ from numpyro_sbtm.core.target import Key, LogDensity
 from numpyro_sbtm.core.variational import climb
 from numpyro_sbtm.failures import explained, refuse_overflow
 from numpyro_sbtm.lapack import most_points
+from numpyro_sbtm.periodic import (
+    Direction,
+    find_centres,
+    improper_directions,
+    spread,
+    window_log_density,
+    wrap,
+)
 from numpyro_sbtm.stages import run_stages
 
 __all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensity"]
 
 _NUM_SCOUTS = 128
+_NUM_LOOKS = 32  # points from which directions without a prior are looked at
 _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
 _MAX_BYTES = 2**28  # of an array over all points at which a density is evaluated together
@@ -116,8 +125,8 @@ def from_model(
         The problem.
 
     Raises:
-        ValueError: if the model has no continuous latent site, its data do not fit the precision of the run,
-            or ``init_params`` names other sites or a point without a finite density.
+        ValueError: if the data do not fit the precision of the run, ``init_params`` names other sites or a
+            point without a finite density, or a site with an improper prior is flat.
         TypeError: if arguments of the model are no arrays of numbers and it needs such.
         RuntimeError: if no start has a finite log density and gradient.
     """
@@ -161,20 +170,22 @@ def from_model(
     flat = _flat(values)[:num_starts]
     starts = flat[:half]
     potential_fn = info.potential_fn(*model_args, **model_kwargs)
-    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat)
+    at_once = _at_once(lambda x: potential_fn(unravel(x)), starts[0], forward_mode)
+    order = _trace_order(prototype, [name for name in info.model_trace if name in prototype])
+    problem = Problem(
+        info.potential_fn, info.postprocess_fn, positions, starts, flat, order, unravel, *at_once
+    )
+    looks = lambda: initialise(jax.random.key(0), init_strategy, _NUM_LOOKS)  # noqa: E731
+    directions = improper_directions(info.model_trace, prototype)
+    centre = _circles(problem, looks, directions, model_args, model_kwargs, forward_mode)
+    potential_gen = _windowed(info.potential_fn, centre)
+    potential_fn = potential_gen(*model_args, **model_kwargs)
+    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat, centre)
     if init_params is not None:
         positions = _given_positions(init_params, positions, potential_fn)
         starts = jnp.concatenate([_flat(positions), starts])[:half]
-    problem = Problem(
-        info.potential_fn,
-        info.postprocess_fn,
-        positions,
-        jnp.concatenate([starts, scouts[:half]]),
-        scouts,
-        _trace_order(prototype, [name for name in info.model_trace if name in prototype]),
-        unravel,
-        *_at_once(lambda x: potential_fn(unravel(x)), starts[0], forward_mode),
-    )
+    starts = jnp.concatenate([wrap(starts, centre), scouts[:half]])
+    problem = problem._replace(potential_gen=potential_gen, positions=positions, starts=starts, scouts=scouts)
     return _with_offset(problem, model_args, model_kwargs, forward_mode)
 
 
@@ -226,6 +237,48 @@ def _given_positions(init_params: Any, positions: Any, potential_fn: Callable[..
     return given
 
 
+def _circles(
+    problem: Problem,
+    initialise: Callable[[], Any],
+    directions: dict[int, Direction],
+    model_args: tuple[Any, ...],
+    model_kwargs: dict[str, Any],
+    forward_mode: bool,
+) -> np.ndarray:
+    """Find the periodic directions of a model and the centres of their windows; NaN for other directions.
+
+    They depend on the model and its arguments alone, so that a state keeps its meaning when its kernel is set
+    up again. Where data are traced values, no density can be looked at: then only what `CircularReparam` made
+    is periodic, around zero.
+    """
+    centre = np.full(problem.starts.shape[1], np.nan)
+    for i, direction in directions.items():
+        centre[i] = 0.0 if direction.circular else np.nan
+    if not directions or not all(map(not_jax_tracer, jax.tree.leaves((model_args, model_kwargs)))):
+        return centre
+    with jax.ensure_compile_time_eval():  # keys may be traced where data are not, as for parallel chains
+        info = initialise()
+        points = _flat(info.param_info.z)
+        if not not_jax_tracer(points):  # the model closes over traced values
+            return centre
+        problem = problem._replace(potential_gen=info.potential_fn)
+        return find_centres(logdensity(problem, model_args, model_kwargs, forward_mode), points, directions)
+
+
+def _windowed(
+    potential_gen: Callable[..., Callable[[Any], Float[Array, ""]]], centre: np.ndarray
+) -> Callable[..., Callable[[Any], Float[Array, ""]]]:
+    """Make periodic directions proper; without one, leave all as it is."""
+    if np.all(np.isnan(centre)):
+        return potential_gen
+
+    def windowed_gen(*args: Any, **kwargs: Any) -> Callable[[Any], Float[Array, ""]]:
+        potential_fn = potential_gen(*args, **kwargs)
+        return lambda z: potential_fn(z) - window_log_density(ravel_pytree(z)[0], centre)
+
+    return windowed_gen
+
+
 def _scouts(
     key: Key,
     model: Callable[..., Any],
@@ -234,8 +287,10 @@ def _scouts(
     potential_fn: Callable[[Any], Float[Array, ""]],
     values: Any,
     others: Float[Array, "n d"],
+    centre: np.ndarray,
 ) -> Float[Array, "m d"]:
     """Draw from the prior, unconstrained; other points stand in for draws without a finite density."""
+    _, unravel = ravel_pytree(_prototype(values))
 
     def draw(key: Key) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         seeded = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_sample)
@@ -244,14 +299,15 @@ def _scouts(
         # seeded, for discrete sites that are summed out elsewhere
         z = unconstrain_fn(handlers.seed(model, key), model_args, model_kwargs, drawn)
         z = {name: jnp.asarray(z[name], leaf.dtype).reshape(leaf.shape[1:]) for name, leaf in values.items()}
-        return ravel_pytree(z)[0], potential_fn(z)
+        x = spread(jax.random.fold_in(key, 1), ravel_pytree(z)[0], centre)
+        return x, potential_fn(unravel(x))
 
     def scouts(key: Key, others: Float[Array, "n d"]) -> tuple[Float[Array, "m d"]]:
         x, energy = jax.vmap(draw)(jax.random.split(key, _NUM_SCOUTS))
         finite = jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), -1)
         # the finite draws first, again and again; without one, the other points
         first = jnp.argsort(~finite)[jnp.arange(_NUM_SCOUTS) % jnp.maximum(jnp.sum(finite), 1)]
-        again = others[jnp.arange(_NUM_SCOUTS) % len(others)]
+        again = wrap(others[jnp.arange(_NUM_SCOUTS) % len(others)], centre)
         return (jnp.where(jnp.any(finite), x[first], again),)
 
     return run_stages([scouts], key, others)[0]

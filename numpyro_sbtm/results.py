@@ -249,8 +249,8 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     num_proposals = whole("num_proposals", num_proposals, 100)
     if state.training is None:
         raise ValueError(
-            "`mcmc` has run a model without latent values: there is nothing to judge. Its log evidence is its "
-            f"log density, {-float(np.max(np.asarray(state.potential_energy)))}."
+            "`mcmc` has run a model without latent values: there is nothing to judge. Its log evidence is "
+            f"its log density, {-float(np.max(np.asarray(state.potential_energy)))}."
         )
     if rng_key is None:
         rng_key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]

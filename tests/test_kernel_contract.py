@@ -258,17 +258,6 @@ def test_compiled_programs_are_dropped_before_memory_mappings_run_out(monkeypatc
 
 
 # ------------------------------------------------------------------ bad posteriors
-@one_kind_quickly
-def test_an_improper_posterior_is_not_called_reliable(kind):
-    def model():
-        numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), (2,)))
-
-    mcmc = run(make(kind, model), warmup=50, samples=200)
-    assert np.all(np.isfinite(mcmc.get_samples()["x"]))
-    found = report(mcmc, num_proposals=1000)
-    assert found.verdict != "reliable" and "heavy tail" in found.advice
-
-
 @both_kinds
 def test_a_mode_that_nothing_looked_for_is_not_called_reliable(kind):
     """Of two modes, 40 deviations apart, only that of the start is found, and its draws look perfect."""
