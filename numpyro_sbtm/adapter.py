@@ -166,7 +166,7 @@ class LearnedKernel(MCMCKernel):
         self._propose_fn: Callable[..., Proposals] | None = None
         self._weigh_fn: Callable[..., Float[Array, " n"]] | None = None
         self._postprocess_gen: Callable[..., Any] | None = None
-        self._structure: tuple[list[Any], int, bool, bool, bool] | None = None
+        self._structure: tuple[list[Any], int, bool, bool, bool, bool] | None = None
 
     @abstractmethod
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
@@ -453,14 +453,18 @@ class LearnedKernel(MCMCKernel):
             margins = whitening.margins is not None and bool(np.any(whitening.margins.slope != 1.0))
             # between an effective fraction of a half and nine tenths a chain may stick for many draws
             still = bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
-            before = data, num, margins, not bool(warm.usable()), still
+            turned = reference.rotation is not None and bool(
+                np.any(reference.rotation != np.eye(reference.rotation.shape[-1]))
+            )
+            before = data, num, margins, turned, not bool(warm.usable()), still
             self._structure = before
-        _, num, margins, doubtful, still = before
+        _, num, margins, turned, doubtful, still = before
         if self._local_kernel == "auto" and still:
             warm = warm._replace(step_size=None)
-        if whitening.margins is None:
-            return warm, doubtful
         # a single component is N(0, I): see `warm_start`
         reference = normal(reference.centre.shape[1]) if num == 1 else largest(reference, num)
-        whitening = whitening if margins else whitening._replace(margins=None)
+        if not turned:
+            reference = reference._replace(rotation=None)
+        if whitening.margins is not None and not margins:
+            whitening = whitening._replace(margins=None)
         return warm._replace(reference=reference, whitening=whitening), doubtful
