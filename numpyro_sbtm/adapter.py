@@ -630,27 +630,31 @@ def _structure(warm: WarmStart, local_kernel: str | None) -> Structure:
     and where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
     """
     if not not_jax_tracer(warm.khat):
-        return Structure(None, True, True, False)
-    margins = warm.whitening.margins
+        return Structure(None, True, True, True, False)
+    margins, rotation = warm.whitening.margins, warm.reference.rotation
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
     still = local_kernel == "auto" and bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
     return Structure(
         int(np.sum(np.isfinite(warm.reference.log_weight))),
         margins is not None and bool(np.any(margins.slope != 1.0)),
+        rotation is not None and bool(np.any(rotation != np.eye(rotation.shape[-1]))),
         not bool(warm.usable()),
         still,
     )
 
 
 def _simplified(warm: WarmStart, structure: Structure) -> WarmStart:
-    """Drop components and margins that are not there."""
-    if structure.num_components is None or warm.whitening.margins is None:
+    """Drop components, margins and rotations that are not there."""
+    if structure.num_components is None:
         return warm
+    reference, whitening = warm.reference, warm.whitening
     # a single component is N(0, I): see `warm_start`
-    dim = warm.reference.centre.shape[1]
     one = structure.num_components == 1
-    reference = normal(dim) if one else largest(warm.reference, structure.num_components)
-    whitening = warm.whitening if structure.margins else warm.whitening._replace(margins=None)
+    reference = normal(reference.centre.shape[1]) if one else largest(reference, structure.num_components)
+    if not structure.turned:
+        reference = reference._replace(rotation=None)
+    if whitening.margins is not None and not structure.margins:
+        whitening = whitening._replace(margins=None)
     return warm._replace(reference=reference, whitening=whitening)
 
 

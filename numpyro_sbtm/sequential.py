@@ -20,12 +20,14 @@ class Structure(NamedTuple):
     Attributes:
         num_components: of the reference; None for all.
         margins: whether the whitening has any.
+        turned: whether components of the reference have axes of their own.
         doubtful: whether single proposals may turn out to be poor.
         still: whether draws end without local moves, the warm start being nearly exact.
     """
 
     num_components: int | None
     margins: bool
+    turned: bool
     doubtful: bool
     still: bool
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The warm start: where the posterior is, before anything is learned."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.likelihood import fit_points
-from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, normal
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.variational import (
     Fit,
@@ -27,6 +29,23 @@ from numpyro_sbtm.core.whitening import (
     whiten,
 )
 from numpyro_sbtm.lazy import load
+from numpyro_sbtm.modes import (
+    Mode,
+    describe_modes,
+    gradients_per_mode,
+    num_draws,
+    polish,
+    separate_fits,
+)
+from numpyro_sbtm.moves import (
+    LEAPS,
+    adapted,
+    drift_between,
+    first_step_size,
+    hmc_moves,
+    or_very_low,
+    spread_out,
+)
 from numpyro_sbtm.stages import Stage
 
 __all__ = ["tempered_particles", "warm_start"]
@@ -41,9 +60,7 @@ _FOUND = 0.25  # share of the particles it asks for with which a mode counts as 
 _MAX_TEMPERATURES = 80
 _DENSE = 128  # dimensions up to which there are matrices
 _RANK, _SUBSPACE_STEPS = 16, 20
-_MOVES, _LEAPS = 3, 8  # HMC transitions per temperature, leapfrog steps of each
-_TARGET_ACCEPTANCE = 0.7
-_SMALLEST_STEP = 0.1  # step sizes of HMC vary by this factor, so that some particles enter narrow places
+_MOVES = 3  # HMC transitions per temperature
 _LAST_ROUNDS = 5  # of moves at the target itself
 _MORE_ROUNDS = 15  # where particles spread
 _MAX_ROUNDS = 45  # where they spread even then; their spreading is then measured anew
@@ -57,7 +74,8 @@ def tempered_particles(
 
     Temperatures keep the effective sample size of every reweighting at 0.7 of the particles. Step sizes
     are random, and follow the acceptance rate. A log density that is not finite counts as very low. At the
-    target itself moves go on for longer where they change a variance (see `_drift`).
+    target itself moves go on for longer where they change a variance (see
+    `numpyro_sbtm.moves.drift_between`).
 
     Args:
         key: random key.
@@ -90,7 +108,7 @@ def tempered_particles(
     hmc, adaptive_tempered = load("blackjax.mcmc.hmc"), load("blackjax.smc.adaptive_tempered")
 
     def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:
-        return _or_very_low(target.logdensity_fn(x) - base.log_prob(x))
+        return or_very_low(target.logdensity_fn(x) - base.log_prob(x))
 
     key_start, key_loop, key_steps = jax.random.split(key, 3)
     particles = jax.vmap(base.sample)(jax.random.split(key_start, num_particles))
@@ -108,60 +126,28 @@ def tempered_particles(
         # blackjax resamples, moves and then weighs: the first round at the target ends the tempering
         arrived = jnp.where((rounds <= 1) | (rounds == _MORE_ROUNDS), state.particles, arrived)
         parameters = {
-            "step_size": _spread_out(jax.random.fold_in(key_steps, k), step_size, num_particles),
+            "step_size": spread_out(jax.random.fold_in(key_steps, k), step_size, num_particles),
             "inverse_mass_matrix": jnp.ones((1, dim), particles.dtype),
-            "num_integration_steps": jnp.array([_LEAPS]),
+            "num_integration_steps": jnp.array([LEAPS]),
         }
         rounds = rounds + (state.tempering_param >= 1.0)
         state, info = kernel(jax.random.fold_in(key_loop, k), state, _MOVES, parameters)
-        step_size = _adapted(step_size, info.update_info.acceptance_rate)
+        step_size = adapted(step_size, info.update_info.acceptance_rate)
         return k + 1, rounds, arrived, state, step_size, log_z + info.log_likelihood_increment
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
         k, rounds, arrived, state, *_ = carry
-        spreading = (_drift(arrived, state.particles) > 0.0) | (rounds > _MORE_ROUNDS)
-        return ((rounds < _LAST_ROUNDS) | (spreading & (rounds < _MAX_ROUNDS))) & (k < _MAX_TEMPERATURES)
+        moving = (drift_between(arrived, state.particles) > 0.0) | (rounds > _MORE_ROUNDS)
+        return ((rounds < _LAST_ROUNDS) | (moving & (rounds < _MAX_ROUNDS))) & (k < _MAX_TEMPERATURES)
 
     state = adaptive_tempered.init(particles)
     state = state._replace(tempering_param=jnp.zeros((), particles.dtype))
-    step_size = _first_step_size(particles)
+    step_size = first_step_size(particles)
     none = jnp.zeros((), jnp.int32)
     carry = none, none, particles, state, step_size, jnp.zeros((), particles.dtype)
     temperatures, _, arrived, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
-    drift = jnp.where(state.tempering_param < 1.0, jnp.inf, _drift(arrived, state.particles))
-    return state.particles, log_z, temperatures * (num_particles * _MOVES * _LEAPS), drift
-
-
-def _first_step_size(particles: Float[Array, "n d"]) -> Float[Array, ""]:
-    return jnp.asarray(0.5 / particles.shape[1] ** 0.25, particles.dtype)
-
-
-def _spread_out(key: Key, step_size: Float[Array, ""], n: int) -> Float[Array, " n"]:
-    """Draw step sizes of HMC, for some particles small enough to enter narrow places."""
-    return step_size * _SMALLEST_STEP ** jax.random.uniform(key, (n,), step_size.dtype)
-
-
-def _adapted(step_size: Float[Array, ""], acceptance: Float[Array, "*n"]) -> Float[Array, ""]:
-    """Let the step size follow the acceptance rate."""
-    return step_size * jnp.exp(2.0 * (jnp.mean(acceptance) - _TARGET_ACCEPTANCE))
-
-
-def _or_very_low(value: Float[Array, ""]) -> Float[Array, ""]:
-    """Put a very low log density in the place of one that is not finite."""
-    return jnp.where(jnp.isfinite(value), value, -1e30)
-
-
-def _drift(before: Float[Array, "n d"], after: Float[Array, "n d"]) -> Float[Array, ""]:
-    """Bound from below by what part the variance of a coordinate has changed between positions of particles.
-
-    Three standard errors of the mean change are taken off. In equilibrium moves change no variance; particles
-    that tempering has not carried everywhere go on spreading.
-    """
-    centre = jnp.mean(before, 0)
-    first, change = (before - centre) ** 2, (after - centre) ** 2 - (before - centre) ** 2
-    error = jnp.std(change, 0) / len(before) ** 0.5
-    part = (jnp.abs(jnp.mean(change, 0)) - 3.0 * error) / jnp.maximum(jnp.mean(first, 0), 1e-30)
-    return jnp.maximum(jnp.max(part), 0.0)
+    drift = jnp.where(state.tempering_param < 1.0, jnp.inf, drift_between(arrived, state.particles))
+    return state.particles, log_z, temperatures * (num_particles * _MOVES * LEAPS), drift
 
 
 def _refine(
@@ -174,32 +160,14 @@ def _refine(
 
     Returns:
         Two maps, stacked: of the first half of the particles, for comparing on the other half, and of all;
-        the particles, where ``first`` whitens; and what `_drift` says of the last moves.
+        the particles, where ``first`` whitens; and what `drift_between` says of the last moves.
     """
-    n, dim = particles.shape
-    hmc = load("blackjax.mcmc.hmc")
-    inverse_mass_matrix, kernel = jnp.ones(dim, particles.dtype), hmc.build_kernel()
+    n = len(particles)
 
     def moved(key: Key, whitening: Whitening, x: Float[Array, "n d"]):  # type: ignore[no-untyped-def]
-        white = whiten(target, whitening)
-        logdensity_fn = lambda u: _or_very_low(white.logdensity_fn(u))  # noqa: E731
         u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
-
-        def move(carry, key: Key):  # type: ignore[no-untyped-def]
-            states, step_size = carry
-            key_sizes, key = jax.random.split(key)
-            sizes = _spread_out(key_sizes, step_size, n)
-            one = lambda key, state, size: kernel(  # noqa: E731
-                key, state, logdensity_fn, size, inverse_mass_matrix, _LEAPS
-            )
-            states, info = jax.vmap(one)(jax.random.split(key, n), states, sizes)
-            return (states, _adapted(step_size, info.acceptance_rate)), None
-
-        states = jax.vmap(lambda u: hmc.init(u, logdensity_fn))(u)
-        carry = states, _first_step_size(u)
-        (states, _), _ = jax.lax.scan(move, carry, jax.random.split(key, _REFINING_MOVES))
-        end = jax.vmap(lambda u: unwhiten(whitening, u)[0])(states.position)
-        return end, _drift(u, states.position).astype(x.dtype)
+        end = hmc_moves(key, whiten(target, whitening).logdensity_fn, u, _REFINING_MOVES).position
+        return jax.vmap(lambda u: unwhiten(whitening, u)[0])(end), drift_between(u, end).astype(x.dtype)
 
     def refine(carry, inputs):  # type: ignore[no-untyped-def]
         k, key = inputs
@@ -326,7 +294,7 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
         good = jnp.all(jnp.isfinite(moved))
         particles = jnp.where(good, moved, particles)
         drift = jnp.where(good & jnp.isfinite(drift), spreading, drift)
-        gradients += _REFINEMENTS * _REFINING_MOVES * _LEAPS * len(particles)
+        gradients += _REFINEMENTS * _REFINING_MOVES * LEAPS * len(particles)
         return keys.at[3].set(key_mixture), found, first, particles, log_z, gradients, drift, fitted
 
     return [guess, seek, temper, *([refine] if refined else []), _choose]
@@ -398,27 +366,128 @@ def _choose(
 
 
 def _wide_warm_start(target: Target) -> list[Stage]:
-    """Do what `warm_start` does, in many dimensions, for one mode."""
+    """Do what `warm_start` does, in many dimensions, where particles are too few for covariances."""
 
-    def seek(key, starts, scouts):  # type: ignore[no-untyped-def]
-        keys = jax.random.split(key, 5)
-        flat, gradients = fit_low_rank(keys[0], target, diagonal_guesses(target, starts))
-        return keys, flat, gradients, _covering(jax.vmap(lambda x: invert(flat, x)[0])(scouts))
+    def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
+        return jax.random.split(key, 7), diagonal_guesses(target, starts, scouts), scouts
 
-    def temper(keys, flat, gradients, base):  # type: ignore[no-untyped-def]
-        particles, _, more, drift = tempered_particles(keys[1], whiten(target, flat), base)
-        return keys, flat, particles, gradients + more, drift
+    def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
+        fits, elbos, gradients = fit_low_rank(keys[0], target, guesses)
+        chosen, there = separate_fits(target.logdensity_fn, fits, elbos)
+        return keys, jax.tree.map(lambda leaf: leaf[chosen], fits), there, gradients, scouts
 
-    def polish(keys, flat, particles, gradients, drift):  # type: ignore[no-untyped-def]
-        # particles do not move far along a stiff direction: the fit ends by variational inference again
-        usable = jnp.all(jnp.isfinite(particles))
-        particles = jnp.where(usable, particles, 0.0)
-        guess = _leading_directions(keys[2], flat, particles, usable)
-        whitening, last = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
-        u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(particles)
-        return whitening, normal(target.dim), u, gradients + last, drift, keys[4]
+    def part(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]
+        modes, more = _draw_modes(keys[5], target, fits, there)
+        found = _mixture_of_modes(keys[6], target, fits, modes, there)
+        return keys, fits, found, gradients + more, scouts
 
-    return [seek, temper, polish]
+    def temper(keys, fits, found, gradients, scouts):  # type: ignore[no-untyped-def]
+        best = jnp.argmax(found.mixture.log_weight)
+        flat = jax.tree.map(lambda leaf: leaf[best], fits)
+
+        def go(_):  # type: ignore[no-untyped-def]
+            base = _covering(jax.vmap(lambda x: invert(flat, x)[0])(scouts))
+            particles, _, more, drift = tempered_particles(keys[1], whiten(target, flat), base)
+            return particles, more, drift
+
+        stay = found.points, jnp.zeros((), jnp.int32), found.drift
+        particles, more, drift = jax.lax.cond(found.several, lambda stay: stay, go, stay)
+        return keys, flat, found, particles, gradients + more, drift
+
+    def finish(keys, flat, found, particles, gradients, drift):  # type: ignore[no-untyped-def]
+        def go(_):  # type: ignore[no-untyped-def]
+            # particles do not move far along a stiff direction: the fit ends by variational inference again
+            usable = jnp.all(jnp.isfinite(particles))
+            v = jnp.where(usable, particles, 0.0)
+            guess = _leading_directions(keys[2], flat, v, usable)
+            fits, _, more = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
+            whitening = jax.tree.map(lambda leaf: leaf[0], fits)
+            u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(v)
+            return whitening, _only_normal(found.mixture), u, more
+
+        stay = found.whitening, found.mixture, particles, jnp.zeros((), jnp.int32)
+        whitening, mixture, u, more = jax.lax.cond(found.several, lambda stay: stay, go, stay)
+        return whitening, mixture, u, gradients + more, drift, keys[4]
+
+    return [guess, seek, part, temper, finish]
+
+
+class _Modes(NamedTuple):
+    """Several modes in common coordinates, or what stands for them where there is one.
+
+    Attributes:
+        several: whether there are several, shape ``[]``.
+        whitening: of what modes have in common.
+        mixture: their normal distributions.
+        points: whitened draws, in proportion to the modes' masses, shape ``[n, d]``.
+        drift: of the draws, shape ``[]``.
+    """
+
+    several: Bool[Array, ""]
+    whitening: LowRank
+    mixture: Mixture
+    points: Float[Array, "n d"]
+    drift: Float[Array, ""]
+
+
+def _draw_modes(
+    key: Key, target: Target, fits: LowRank, there: Bool[Array, " K"]
+) -> tuple[Mode, Int[Array, ""]]:
+    """Polish fits, where there are several; with target gradients spent."""
+    several = jnp.sum(there) > 1
+
+    def one(inputs):  # type: ignore[no-untyped-def]
+        key, loc, std, present = inputs
+        draw = lambda: polish(key, target.logdensity_fn, loc, std)  # noqa: E731
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw))
+        return jax.lax.cond(present, draw, lambda: blank)
+
+    keys = jax.random.split(key, len(there))
+    modes = jax.lax.map(one, (keys, fits.loc, fits.std, there & several))
+    return modes, jnp.where(several, jnp.sum(there), 0) * gradients_per_mode(target.dim)
+
+
+def _mixture_of_modes(
+    key: Key, target: Target, fits: LowRank, modes: Mode, there: Bool[Array, " K"]
+) -> _Modes:
+    """Describe polished modes in coordinates that whiten what they have in common."""
+    n, dim, dtype = _NUM_PARTICLES, target.dim, fits.loc.dtype
+    key_order, key_map, key_mixture = jax.random.split(key, 3)
+    place = jax.random.permutation(key_order, n)
+    basis = jnp.eye(dim, _RANK, dtype=dtype)
+    flat = LowRank(fits.loc[0], fits.std[0], basis, jnp.zeros(_RANK, dtype))
+
+    def chosen(mixture: Mixture) -> tuple[Int[Array, " n"], Float[Array, "n d"]]:
+        """Choose draws in proportion to masses, none twice among those that are kept for training."""
+        cumulative = jnp.cumsum(jnp.exp(mixture.log_weight))
+        which = jnp.sum(cumulative[:, None] < cumulative[-1] * (place + 0.5) / n, 0)
+        return which, modes.draws[which, jnp.arange(n) * num_draws(dim) // n]
+
+    def describe(carry, _):  # type: ignore[no-untyped-def]
+        whitening = carry[0]
+        mixture = describe_modes(key_mixture, target, whitening, modes, there)
+        every = n // num_draws(dim)  # no draw twice: repeated, they would look like structure
+        which, x = (part[::every] for part in chosen(mixture))
+        means = jnp.mean(modes.draws, 1)[which]
+        v = jax.vmap(lambda y: invert(flat, y)[0])(x - means + jnp.mean(x, 0))
+        common = _leading_directions(key_map, flat, v, jnp.all(jnp.isfinite(v)))
+        return (common, whitening, mixture), None
+
+    def go() -> _Modes:
+        mixture = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(lambda: describe_modes(key_mixture, target, flat, modes, there)),
+        )
+        (_, whitening, mixture), _ = jax.lax.scan(describe, (flat, flat, mixture), length=2)
+        u = jax.vmap(lambda y: invert(whitening, y)[0])(chosen(mixture)[1])
+        present = jnp.isfinite(mixture.log_weight)
+        drift = jnp.max(jnp.where(present, modes.drift, 0.0))
+        return _Modes(jnp.sum(present) > 1, whitening, mixture, u, drift)
+
+    shapes = jax.eval_shape(go)
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    blank = blank._replace(mixture=_only_normal(blank.mixture))
+    return jax.lax.cond(jnp.sum(there) > 1, go, lambda: blank)
 
 
 def _leading_directions(
@@ -455,11 +524,22 @@ def _leading_directions(
 def _padded_normal(like: Float[Array, " d"], size: int) -> Mixture:
     """Make N(0, I), all other components of which are not there."""
     shape = size, like.size
+    blank = jnp.zeros(shape, like.dtype)
+    return _only_normal(Mixture(blank[:, 0], jnp.zeros((*shape, like.size), like.dtype), blank, blank))
+
+
+def _only_normal(like: Mixture) -> Mixture:
+    """Make N(0, I) in the shapes of a mixture, all other components of which are not there."""
+    rotation = None
+    if like.rotation is not None:
+        one = jnp.eye(like.centre.shape[1], dtype=like.centre.dtype)
+        rotation = jnp.broadcast_to(one, like.rotation.shape)
+    first = jnp.arange(len(like.log_weight)) == 0
     return Mixture(
-        jnp.where(jnp.arange(size) == 0, 0.0, -jnp.inf).astype(like.dtype),
-        jnp.broadcast_to(jnp.eye(like.size, dtype=like.dtype), (*shape, like.size)),
-        jnp.zeros(shape, like.dtype),
-        jnp.ones(shape, like.dtype),
+        jnp.where(first, 0.0, -jnp.inf).astype(like.log_weight.dtype),
+        rotation,
+        jnp.zeros_like(like.centre),
+        jnp.ones_like(like.std),
     )
 
 

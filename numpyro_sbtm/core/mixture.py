@@ -97,7 +97,12 @@ class Mixture(NamedTuple):
         c = jnp.minimum(jnp.sum(cumulative <= level), len(cumulative) - 1)
         noise = jax.random.normal(key_noise, shape, dtype)
         y = self.centre[c] + self.std[c] * noise
-        return (y if self.rotation is None else self.rotation[c] @ y), jax.nn.log_softmax(self.log_weight)[c]
+        log_share = jax.nn.log_softmax(self.log_weight)[c]
+        if self.rotation is None:
+            return y, log_share
+        # as one matrix product for a batch of draws, which would otherwise hold a matrix each
+        chosen = jnp.where(jnp.arange(len(cumulative))[:, None] == c, y, 0.0)
+        return chosen.reshape(-1) @ jnp.swapaxes(self.rotation, 1, 2).reshape(-1, y.size), log_share
 
 
 def normal(dim: int, scale: float = 1.0) -> Mixture:

@@ -18,16 +18,20 @@ __all__ = [
     "Fit",
     "Shape",
     "climb",
+    "connected",
     "diagonal_guesses",
     "first_guesses",
     "fit",
     "fit_low_rank",
+    "leaders",
     "likely_radius",
 ]
 
 _SEPARATE = 4.0  # squared distance of a fit from the mean, in pooled deviations, that makes it a mode
 _COUNTS = 0.01  # share of the evidence from which a fit is one of the modes
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
+_NUM_TOPS = 16  # modes that are fitted where there are no matrices
+_SEGMENTS, _DIP = 8, 0.5  # parts of the way between two points; nats of a dip on it that separates them
 _TEST_STEPS = 64  # sets of noise kept for comparing fits
 _LEAST_GAIN = 1e-5  # nats in one step of a climb, below which, three times in a row, it ends
 _DROP = 0.35  # nats, over steps that measure curvature
@@ -423,7 +427,7 @@ def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 16) ->
 
 def fit_low_rank(
     key: Key, target: Target, guesses: LowRank, *, num_draws: int = 16
-) -> tuple[LowRank, Int[Array, ""]]:
+) -> tuple[LowRank, Float[Array, " f"], Int[Array, ""]]:
     """Improve low-rank maps by stochastic variational inference, their bases as they are; memory linear in d.
 
     Args:
@@ -433,25 +437,104 @@ def fit_low_rank(
         num_draws: draws per step of each fit, an even number.
 
     Returns:
-        The map of the best ELBO, and the number of target gradients spent.
+        The maps, stacked; their ELBOs, minus infinity for those that failed; and target gradients spent.
     """
     fits, elbos, _, gradients = _maximise_elbos(
         key, target.logdensity_fn, _LOW_RANK, guesses, num_draws, num_draws
     )
-    return jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits), gradients
+    return fits, elbos, gradients
 
 
-def diagonal_guesses(target: Target, starts: Float[Array, "s d"]) -> LowRank:
-    """Guess maps of rank zero: unit scales at points, and narrow ones where L-BFGS arrives from them.
+def connected(logdensity_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, "m m"]:
+    """Say between which points a log density does not dip below both ends.
+
+    Two modes of one scale that lie D deviations apart dip by D²/8 - log 2 nats.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.variational import connected
+        >>> wells = lambda x: -jnp.sum((x**2 - 4.0) ** 2)
+        >>> connected(wells, jnp.array([[-2.0], [2.0], [1.5]]))[1].tolist()
+        [False, True, True]
+    """
+    values = jax.vmap(logdensity_fn)(points)
+    parts = jnp.linspace(0.0, 1.0, _SEGMENTS + 1, dtype=points.dtype)[1:-1]
+
+    def row(inputs):  # type: ignore[no-untyped-def]
+        end, value = inputs
+        between = end + parts[:, None, None] * (points - end)
+        lowest = jnp.min(jax.vmap(logdensity_fn)(between.reshape(-1, end.size)).reshape(len(parts), -1), 0)
+        return lowest >= jnp.minimum(value, values) - _DIP  # not so where one is NaN
+
+    return jax.lax.map(row, (points, values))
+
+
+def leaders(
+    order: Int[Array, " m"], same: Bool[Array, "m m"], usable: Bool[Array, " m"]
+) -> tuple[Bool[Array, " m"], Int[Array, " m"]]:
+    """Group things: each, in their order, joins the first leader that it equals, or leads a new group.
+
+    Args:
+        order: a permutation, shape ``[m]``.
+        same: whether two are the same, shape ``[m, m]``.
+        usable: what is not belongs to no group, shape ``[m]``.
+
+    Returns:
+        Which of them lead; and the index of each one's leader, its own where it has none.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.variational import leaders
+        >>> same = jnp.array([[True, True, False], [True, True, False], [False, False, True]])
+        >>> [part.tolist() for part in leaders(jnp.array([1, 0, 2]), same, jnp.ones(3, bool))]
+        [[False, True, True], [1, 1, 2]]
+    """
+
+    def visit(carry, i: Int[Array, ""]):  # type: ignore[no-untyped-def]
+        leads, leader = carry
+        mine = (leads & same[i])[order]
+        joins = jnp.any(mine)
+        leads = leads.at[i].set(usable[i] & ~joins)
+        return (leads, leader.at[i].set(jnp.where(usable[i] & joins, order[jnp.argmax(mine)], i))), None
+
+    carry = jnp.zeros(len(order), bool), jnp.arange(len(order))
+    return jax.lax.scan(visit, carry, order)[0]
+
+
+def _distinct_tops(logdensity_fn: LogDensity, tops: Float[Array, "m d"]) -> Float[Array, "t d"]:
+    """Choose tops of different modes: the highest, and those that most climbs reach; at last others in order.
+
+    Height alone would prefer narrow modes to those that hold as much.
+    """
+    values = jax.vmap(logdensity_fn)(tops)
+    usable = jnp.isfinite(values) & jnp.all(jnp.isfinite(tops), -1)
+    order = jnp.argsort(jnp.where(usable, -values, jnp.inf))
+    leads, leader = leaders(order, connected(logdensity_fn, tops), usable)
+    num = len(tops)
+    climbs = jnp.sum(leader[:, None] == jnp.arange(num), 0)
+    rank = lambda worth: jnp.argsort(jnp.argsort(-jnp.where(leads, worth, -jnp.inf)))  # noqa: E731
+    first = jnp.minimum(2 * rank(values), 2 * rank(climbs.astype(values.dtype)) + 1)
+    priority = jnp.where(leads, first, jnp.where(usable, 2 * num, 4 * num) + jnp.arange(num))
+    return tops[jnp.argsort(priority)[:_NUM_TOPS]]
+
+
+def diagonal_guesses(target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]) -> LowRank:
+    """Guess maps of rank zero: unit scales at starts, and narrow ones at different modes.
+
+    Those are where L-BFGS arrives from starts and scouts. Tops between which the density does not dip count
+    as one.
 
     Args:
         target: the density.
-        starts: the points, shape ``[s, d]``.
+        starts: points of finite density, shape ``[s, d]``.
+        scouts: points that lie as widely as the density may, shape ``[m, d]``.
 
     Returns:
-        Stacked maps, leading axis 2 s.
+        Stacked maps, leading axis ``s + 16``, or less where there are fewer climbs.
     """
-    tops = jax.vmap(lambda y: climb(target.logdensity_fn, y, 100))(starts)
+    begin = jnp.concatenate([starts, scouts])
+    tops = jax.vmap(lambda y: climb(target.logdensity_fn, y, 100))(begin)
+    tops = _distinct_tops(target.logdensity_fn, tops)
     locs = jnp.concatenate([tops, starts])
     std = jnp.where(jnp.arange(len(locs)) < len(tops), _NARROW, 1.0)[:, None] * jnp.ones_like(locs)
     num, dim = locs.shape
