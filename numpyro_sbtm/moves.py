@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import Key, LogDensity
+from numpyro_sbtm.lazy import load
 
 __all__ = [
     "LEAPS",
