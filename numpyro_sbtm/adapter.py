@@ -20,10 +20,10 @@ from numpyro.util import is_prng_key, not_jax_tracer
 from numpyro_sbtm.chain import KernelState, Precondition, Proposals, Training, WarmStart, learned_chain
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.mixture import largest, normal
-from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
-from numpyro_sbtm.model import from_model, from_potential, guide_moments
+from numpyro_sbtm.model import from_model, from_potential, guide_moments, logdensity
 from numpyro_sbtm.psis import NEARLY_EQUAL
 
 __all__ = ["LearnedKernel"]
@@ -171,6 +171,9 @@ class LearnedKernel(MCMCKernel):
     @abstractmethod
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         """Build the algorithm for a whitened target and its warm start."""
+
+    def _check_density(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
+        """Refuse a density that lacks what the algorithm needs beyond values and gradients."""
 
     # ------------------------------------------------------------------ NumPyro's contract
     @property
@@ -393,6 +396,9 @@ class LearnedKernel(MCMCKernel):
                 num_starts=_NUM_STARTS,
             )
         dim = problem.starts.shape[1]
+        self._check_density(
+            logdensity(problem, model_args, model_kwargs, self._forward_mode), problem.starts[0]
+        )
         precondition = self._precondition
         if isinstance(precondition, AutoGuide):
             assert self._model is not None  # checked by the constructor

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
@@ -37,7 +39,7 @@ from numpyro_sbtm.core.divergence import (
 from numpyro_sbtm.core.mixture import moments
 from numpyro_sbtm.core.process import Net, Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
-from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
 
 __all__ = [
@@ -288,6 +290,18 @@ class DiffusionKernel(LearnedKernel):
                 points += self._num_updates * simulated  # each update evaluates the block anew
         networks = 2 if self._process in ("bridge", "cmcd") else 1
         return self._num_paths * points * networks
+
+    def _check_density(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
+        if self._divergence != "kl":
+            return
+        score = jax.grad(logdensity_fn)
+        try:
+            jax.eval_shape(jax.grad(lambda x: jnp.sum(score(x))), x)
+        except Exception as error:
+            raise ValueError(
+                "`divergence` 'kl' differentiates the score, but this model's gradient has no derivative: "
+                f"{error} Use 'log-variance' or 'kl-log-derivative'."
+            ) from error
 
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         make = PROCESSES[self._process]
