@@ -21,11 +21,11 @@ from numpyro_sbtm.checks import flag, function, one_of, optional, probability, s
 from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.mixture import largest, normal
-from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.fingerprint import fingerprint
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
-from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments
+from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments, logdensity
 from numpyro_sbtm.psis import NEARLY_EQUAL
 from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
 from numpyro_sbtm.start import Precondition, find_start
@@ -211,8 +211,8 @@ class LearnedKernel(MCMCKernel):
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         """Build the algorithm for a whitened target and its warm start."""
 
-    def _check_dimension(self, dim: int) -> None:
-        """Refuse options that do not fit the dimension, before the search."""
+    def _check_posterior(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
+        """Refuse, before the search, what does not fit the dimension or needs more than the density has."""
 
     # ------------------------------------------------------------------ NumPyro's contract
     @property
@@ -544,7 +544,8 @@ class LearnedKernel(MCMCKernel):
         data, dim = fingerprint(args, kwargs), problem.starts.shape[1]
         if not dim:
             return _without_latents(problem, rng_key, chains, run, data)
-        self._check_dimension(dim)
+        density = logdensity(problem, args, kwargs, self._forward_mode)
+        self._check_posterior(density, problem.starts[0])
         if run.num_warmup < 1:
             raise ValueError(
                 f"`num_warmup` must be at least 1, got {run.num_warmup}: the sampler is trained during "

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
@@ -46,7 +47,7 @@ from numpyro_sbtm.core.divergence import (
 from numpyro_sbtm.core.mixture import moments
 from numpyro_sbtm.core.process import Net, Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
-from numpyro_sbtm.core.target import Target
+from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
 from numpyro_sbtm.start import Precondition
 from numpyro_sbtm.state import WarmStart
@@ -328,6 +329,18 @@ class DiffusionKernel(LearnedKernel):
         networks = 2 if self._process in ("bridge", "cmcd") else 1
         return self._num_paths * points * networks
 
+    def _check_posterior(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
+        if self._divergence != "kl":
+            return
+        score = jax.grad(logdensity_fn)
+        try:
+            jax.eval_shape(jax.grad(lambda x: jnp.sum(score(x))), x)
+        except Exception as error:
+            raise ValueError(
+                "`divergence` 'kl' differentiates the score, but this model's gradient has no derivative: "
+                f"{error} Use 'log-variance' or 'kl-log-derivative'."
+            ) from error
+
     def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
         make = PROCESSES[self._process]
         if self._process == "dis":
@@ -577,7 +590,8 @@ class SBTMKernel(LearnedKernel):
     def _is_noisy(self, dim: int) -> bool:
         return dim > _MAX_FLOW_DIM if self._noisy is None else self._noisy
 
-    def _check_dimension(self, dim: int) -> None:
+    def _check_posterior(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
+        dim = len(x)
         if self._num_particles < dim + 2:
             raise ValueError(
                 f"`num_particles` must exceed the dimension {dim} by two or more for a regular covariance, "

@@ -3,7 +3,8 @@
 
 From 0.10.0 to 0.11.0 a batched LAPACK call on a CPU runs in a thread of XLA's pool and waits for parts that
 it leaves to the same pool. As many such calls at once as there are threads wait for ever; only calls that do
-not depend on each other run at once. A call with little work has no parts.
+not depend on each other run at once. A call with little work has no parts. Python 3.11 has no later jaxlib
+than 0.10, so that all of this is needed for as long as that Python is supported.
 """
 
 import os

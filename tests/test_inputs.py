@@ -185,13 +185,13 @@ def build(kind="dis", *args, **options):
 
 def set_up(kernel, *args, init_params=None, chains=1, warmup=4, **kwargs):
     """Run a kernel up to its search."""
-    check = kernel._check_dimension
+    check = kernel._check_posterior
 
-    def stop(dim):
-        check(dim)
+    def stop(logdensity_fn, x):
+        check(logdensity_fn, x)
         raise Ready
 
-    kernel._check_dimension = stop
+    kernel._check_posterior = stop
     chain_method = "vectorized" if chains > 1 else "sequential"
     mcmc = MCMC(
         kernel,

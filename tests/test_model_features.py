@@ -8,12 +8,15 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers import KERNELS, run_chains
+from jax.experimental.ode import odeint
 from jax.extend.core import jaxprs_in_params
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import NUTS, init_to_uniform, log_likelihood
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal
 
-from numpyro_sbtm import LogVarianceDISKernel, lapack, report
+from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, lapack, report
+from numpyro_sbtm.core import Target
+from numpyro_sbtm.core.variational import first_guesses
 from numpyro_sbtm.model import from_model, from_potential, logdensity
 
 WARMUP = {"dis": 300, "sbtm": 150}
@@ -289,6 +292,82 @@ def test_batches_of_batches_keep_to_the_limit(use, held, shape, monkeypatch):
         else:
             most = largest_batch(jax.vmap(form), jnp.stack(2 * [x]), jnp.stack(2 * [data]))
         assert most <= 100
+
+
+# ------------------------------------------------------------------ what derivatives a model has
+@jax.custom_vjp
+def outside(mu):
+    """A normal log likelihood that NumPy computes."""
+    return _outside(mu)[0]
+
+
+def _outside(mu):
+    def compute(mu):
+        away = OBSERVED - mu[..., None]
+        return np.float32(-0.5 * np.sum(away**2, -1)), np.float32(np.sum(away, -1))
+
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.pure_callback(compute, (shape, shape), mu, vmap_method="expand_dims")
+
+
+outside.defvjp(_outside, lambda score, cotangent: (cotangent * score,))
+OBSERVED = np.array([0.3, 1.1, -0.4, 2.0], np.float32)
+
+
+def computed_outside():
+    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+    numpyro.factor("y", outside(mu))
+
+
+@pytest.mark.slow
+def test_a_likelihood_from_outside_jax_runs_from_end_to_end():
+    mcmc = run_chains(LogVarianceDISKernel(computed_outside), warmup=20)
+    precision = len(OBSERVED) + 0.25
+    z = (np.asarray(mcmc.get_samples()["mu"]) - OBSERVED.sum() / precision) * precision**0.5
+    assert abs(z.mean()) < 0.1
+    assert abs(np.log(z.std())) < 0.1
+
+
+def test_kl_asks_for_the_derivative_of_the_score_at_once():
+    kernel = DiffusionKernel(computed_outside, divergence="kl")
+    with pytest.raises(
+        ValueError, match=r"`divergence` 'kl' differentiates the score, .* Use 'log-variance'"
+    ):
+        kernel.init(jax.random.key(0), 10)
+
+
+def test_scores_of_models_with_a_loop_have_a_derivative():
+    """In forward mode: the reparametrised KL runs on them too."""
+
+    def potential(x):
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x[0]), (0, x[1]))[1]
+
+    options = {"num_chains": 1, "num_starts": 2}
+    problem = from_potential(jax.random.key(0), jnp.sum, jnp.ones((1, 2)), **options)
+    density = logdensity(problem._replace(potential_gen=lambda: potential), (), {}, True)
+    x, y = 0.7, -0.3
+    hessian = jax.jit(jax.jacrev(jax.grad(density)))(jnp.array([x, y]))
+    np.testing.assert_allclose(hessian, [[-6 * x * y, -3 * x**2], [-3 * x**2, 0.0]], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_search_climbs_a_differential_equation():
+    """`odeint` has no forward mode; where optimisers arrive, its curvature is measured all the same."""
+    times, rate = jnp.linspace(0.0, 1.0, 4), 0.8
+
+    def model(y):
+        log_rate = numpyro.sample("log_rate", dist.Normal(0.0, 1.0))
+        z = odeint(lambda z, t, k: -k * z, jnp.ones(()), times, jnp.exp(log_rate), rtol=1e-5, atol=1e-5)
+        numpyro.sample("y", dist.Normal(z, 0.05), obs=y)
+
+    options = {"num_chains": 1, "num_starts": 2, "init_strategy": init_to_uniform, "init_params": None}
+    y = jnp.exp(-rate * times)
+    problem = from_model(jax.random.key(0), model, (y,), {}, forward_mode=False, **options)
+    target = Target(logdensity(problem, (y,), {}, False), 1)
+    guesses = jax.jit(lambda x: first_guesses(target, x, x, jnp.arange(1)))(problem.starts[:1])
+    np.testing.assert_allclose(guesses.loc[0], np.log(rate), atol=0.02)
+    slopes = times * rate * y / 0.05  # of the standardised observations
+    np.testing.assert_allclose(guesses.scale_tril[0, 0, 0], (1.0 + np.sum(slopes**2)) ** -0.5, rtol=0.05)
 
 
 # ------------------------------------------------------------------ downstream
