@@ -334,7 +334,8 @@ def guide_moments(
         unconstrained space, sites in sorted order.
 
     Raises:
-        ValueError: if the moments are not finite or the covariance is not regular.
+        ValueError: if the guide is of another model, the moments are not finite, or the covariance is not
+            regular.
 
     Reference:
         Kucukelbir et al. (2017), Automatic differentiation variational inference, arXiv:1603.00788.
@@ -343,11 +344,28 @@ def guide_moments(
     schedule = optax.cosine_decay_schedule(_GUIDE_STEP_SIZE, _GUIDE_STEPS, alpha=0.01)
     optimiser = optax_to_numpyro(optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule)))
     svi = SVI(model, guide, optimiser, Trace_ELBO(num_particles=_GUIDE_PARTICLES))
-    params = svi.run(key_fit, _GUIDE_STEPS, *model_args, progress_bar=False, **model_kwargs).params
+    state = svi.init(key_fit, *model_args, **model_kwargs)
+    seeded = handlers.seed(model, key_draws)  # for discrete sites that are summed out elsewhere
+    sites = jax.eval_shape(
+        lambda key: guide.sample_posterior(key, svi.get_params(state), *model_args, **model_kwargs), key_draws
+    )
+    missing = [
+        name
+        for name, site in handlers.trace(seeded).get_trace(*model_args, **model_kwargs).items()
+        if site["type"] == "sample" and not site["is_observed"] and name not in sites
+        if not site["fn"].support.is_discrete
+    ]
+    if missing:
+        raise ValueError(
+            f"`precondition`, {type(guide).__name__}, draws {', '.join(sites)}, but not {', '.join(missing)} "
+            f"of the kernel's `model`. Pass `{type(guide).__name__}(model)`."
+        )
+    params = svi.run(
+        key_fit, _GUIDE_STEPS, *model_args, init_state=state, progress_bar=False, **model_kwargs
+    ).params
     draws = guide.sample_posterior(
         key_draws, params, *model_args, sample_shape=(_GUIDE_DRAWS,), **model_kwargs
     )
-    seeded = handlers.seed(model, key_draws)  # for discrete sites that are summed out elsewhere
     values = jax.vmap(lambda sites: unconstrain_fn(seeded, model_args, model_kwargs, sites))(draws)
     x = _flat(values)
     cov = jnp.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1])

@@ -453,6 +453,13 @@ PRECONDITIONS = [
         (ValueError, "`precondition` is a guide, AutoNormal, which needs a `model`.*Pass 'auto'"),
     ),
     (
+        "a guide of another model",
+        lambda: LogVarianceDISKernel(positive, precondition=AutoNormal(returns_a_value)).init(
+            random.key(0), 4
+        ),
+        (ValueError, r"`precondition`, AutoNormal, draws x, but not scale .*Pass `AutoNormal\(model\)`"),
+    ),
+    (
         "a precondition of another dimension",
         lambda: build(precondition=(np.zeros(3), np.eye(3))).init(random.key(0), 4),
         (ValueError, "`precondition` is for dimension 3, but .* dimension 2"),
@@ -496,6 +503,11 @@ MODELS = [
     ("constrained sites", partial(on_model, supports), WORKS),
     ("a model that returns", partial(on_model, returns_a_value), WORKS),
     ("a model that raises", partial(on_model, raises), (KeyError, "the user's own")),
+    (
+        "an empty site alone",
+        partial(on_model, empty_site),
+        (ValueError, "`model` has no continuous latent site.*Predictive"),
+    ),
     ("an empty site beside another", partial(on_model, empty_site_beside_another), WORKS),
     ("a discrete latent that is summed out", partial(on_model, bernoulli_latent), WORKS),
     ("a discrete latent that is not", partial(on_model, poisson_latent), (RuntimeError, "Poisson .* site n")),
