@@ -332,7 +332,9 @@ def _of_evidence(measured: Measured) -> list[Check]:
         and not any(check.grade(check.draws) for check in _of_chains(measured))
     )
     khat_limits = (1.0, 1.0) if confirmed else _MAX_KHAT
-    harmless = forward.ess_fraction > NEARLY_EQUAL or forward.unseen < _UNSEEN
+    harmless = not forward.khat <= USABLE_KHAT and (
+        forward.ess_fraction > NEARLY_EQUAL or forward.unseen < _UNSEEN
+    )
     found = [
         Check(
             "Pareto k-hat",

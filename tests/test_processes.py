@@ -8,6 +8,7 @@ import optax
 import pytest
 from helpers import (
     STILL,
+    assert_evidence,
     assert_within,
     batch,
     correlated,
