@@ -111,12 +111,12 @@ def _of_entries(draws: Float[np.ndarray, "C n k"]) -> tuple[float, float, float]
         # an infinite median is at no distance from itself
         distance = np.where(draws == centre, 0.0, np.abs(draws - centre))
         ranks = _normal_scores(draws)
-        rhat = np.maximum(split_gelman_rubin(ranks), split_gelman_rubin(_normal_scores(distance)))
+        rhat = np.fmax(split_gelman_rubin(ranks), split_gelman_rubin(_normal_scores(distance)))
         bulk = effective_size(_split(ranks))
         low, high = np.quantile(draws, (0.05, 0.95), (0, 1), method="lower")
         tails = [effective_size(_split((draws <= level).astype(float))) for level in (low, high)]
     # distances may all be equal, and so may draws below a quantile of values with ties
-    return float(np.nanmax(rhat)), float(np.nanmin(bulk)), float(np.nanmin([bulk, *tails]))
+    return float(np.max(rhat)), float(np.nanmin(bulk)), float(np.nanmin([bulk, *tails]))
 
 
 def _normal_scores(draws: Float[np.ndarray, "C n k"]) -> Float[np.ndarray, "C n k"]:

@@ -27,6 +27,8 @@ class Estimate(NamedTuple):
         khat: Pareto k̂ of the weights; of their inverses on the chains' side.
         ess_fraction: effective sample fraction of the weights.
         heavy: whether they may have no finite variance.
+        unseen: share of their sum that larger weights than any seen would add, were k̂ 0.9. Where weights
+            have several sizes, as those of two modes, k̂ is large whatever their tail; this is not.
     """
 
     log_evidence: float
@@ -34,6 +36,7 @@ class Estimate(NamedTuple):
     khat: float
     ess_fraction: float
     heavy: bool
+    unseen: float
 
 
 def _centred(log_weight: Float[np.ndarray, "*n"]) -> tuple[Float[np.ndarray, " m"], float]:
@@ -69,7 +72,8 @@ def from_proposals(log_weight: Float[np.ndarray, " n"]) -> Estimate:
     heavy = _may_be_heavy(khat, values.size)
     if np.isfinite(log_z) and heavy:
         error = max(error, float(unseen_share(weights, khat)))
-    return Estimate(log_z + largest, error, khat, float(ess_fraction(weights)), heavy)
+    unseen = float(unseen_share(weights, np.inf))
+    return Estimate(log_z + largest, error, khat, float(ess_fraction(weights)), heavy, unseen)
 
 
 def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
@@ -97,12 +101,12 @@ def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
     total = values.size
     # a weight is infinite where nothing is proposed; without one, nothing was ever accepted
     if np.any(np.isnan(log_weight) | (log_weight == -np.inf)) or np.all(log_weight == np.inf):
-        return Estimate(-np.inf, np.nan, np.inf, 0.0, True)
+        return Estimate(-np.inf, np.nan, np.inf, 0.0, True, np.inf)
     inverse = np.exp(values)
     mean = float(np.mean(inverse))
     weights = jnp.asarray(values)
     khat, fraction = float(tail_index(weights)), float(ess_fraction(weights))
-    error, heavy = np.nan, True
+    error, heavy, unseen = np.nan, True, float(unseen_share(weights, np.inf))
     if log_weight.shape[1] >= FEWEST_DRAWS:
         deviation = float(np.std(inverse)) / mean
         size = float(effective_size(inverse.reshape(log_weight.shape))) if deviation > 0 else np.inf
@@ -111,7 +115,7 @@ def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
         if heavy:
             # a state that is held for long counts as often
             error = max(error, float(unseen_share(weights, khat)) * total / size)
-    return Estimate(-(largest + float(np.log(mean))), error, khat, fraction, heavy)
+    return Estimate(-(largest + float(np.log(mean))), error, khat, fraction, heavy, unseen)
 
 
 def lower_bound(log_weight: Float[np.ndarray, " n"], log_evidence: float) -> tuple[float, float]:

@@ -20,12 +20,15 @@ _NEVER = (np.inf, np.inf)
 _AT_MOST_CAUTION = (0.0, np.inf)
 _MAX_KHAT = (USABLE_KHAT, 1.0)
 _MAX_KHAT_OF_DRAWS = (1.0, np.inf)
+_UNSEEN = 0.02  # what a tail may add to the mean weight at most, below which its index does no harm
 _MIN_ACCEPTANCE = (0.2, 0.05)
 _MIN_ESS = (0.1, 0.01)
 _MAX_BAD_SHARE = (0.01, 0.2)
 _MAX_DRIFT = (0.02, np.inf)
 _MAX_ERROR = (0.25, 1.0)  # nats: a Bayes factor is then known to a quarter of itself
+_FEWEST_DRAWS_IN_ALL = (100.0, 0.0)
 _EFFECTIVE_DRAWS = (100.0, 20.0)
+_EFFECTIVE_PART = (0.2, 0.05)  # of all draws, for runs that are too short to have so many
 _JOINT_ERRORS = (4.0, 10.0)  # by which the two log evidences may differ, above a floor and below a ceiling
 _FLOOR = (0.02, 0.25)
 _FLOOR_OF_DRAWS = (0.1, 0.5)
@@ -70,7 +73,7 @@ class Check(NamedTuple):
     """A number with its limits.
 
     Attributes:
-        name: what it is.
+        name: what it is; empty for what is no number.
         value: the number.
         fault: what is wrong if it is beyond a limit, and the cure.
         draws: limits of a verdict of the draws.
@@ -90,7 +93,7 @@ class Check(NamedTuple):
     @property
     def printed(self) -> bool:
         """Whether it has a row of its own: what is merely there or not has one only if it is."""
-        return self.form != ".0f" or self.least or self.value > 0
+        return bool(self.name) and (self.form != ".0f" or self.least or self.value > 0)
 
     def grade(self, limits: Limits) -> int:
         """0 within the first limit, 1 within the second, 2 beyond; NaN is beyond."""
@@ -166,7 +169,7 @@ def printed_error(measured: Measured) -> float:
 
 
 def checks(measured: Measured) -> list[Check]:
-    """Put every number beside its limits, the gravest faults first."""
+    """Put every number beside its limits, what is at the root of other faults first."""
     ours = [
         Check(
             "directions without decay",
@@ -177,22 +180,31 @@ def checks(measured: Measured) -> list[Check]:
             (0.0, 0.0),
             form=".0f",
         ),
-        *_of_chains(measured),
         *_of_proposals(measured),
+        *_of_chains(measured),
         *_of_evidence(measured),
+        Check(
+            "drift of the warm start",
+            measured.drift,
+            "particles of the warm start had not arrived everywhere and may have missed a part of the "
+            "posterior: compare with another seed or kernel, or give a wider start (`init_strategy`)",
+            _MAX_DRIFT,
+            _MAX_DRIFT,
+            form=".3f",
+        ),
     ]
     for given, words in (
         (not measured.corrected, "raw draws are not exact: weigh them, or use correction='metropolis'"),
         (measured.other_data, "the sampler was trained for other data: run warm-up again"),
     ):
         if given:
-            ours.append(Check("doubt", 1.0, words, _AT_MOST_CAUTION, form=".0f"))
+            ours.append(Check("", 1.0, words, _AT_MOST_CAUTION, form=".0f"))
     if not measured.searched:
         words = (
             "nothing looked for modes before training, and one that no path reached leaves no trace: compare "
             "with precondition='auto' or another sampler"
         )
-        ours.append(Check("doubt", 1.0, words, _AT_MOST_CAUTION, _AT_MOST_CAUTION, form=".0f"))
+        ours.append(Check("", 1.0, words, _AT_MOST_CAUTION, _AT_MOST_CAUTION, form=".0f"))
     return ours
 
 
@@ -226,8 +238,7 @@ def _of_chains(measured: Measured) -> list[Check]:
     ]
     if np.isfinite(chains.bulk_size):
         total = chains.num_chains * chains.num_draws
-        # of few draws no effective size is large; that is too little to judge by, and no fault of theirs
-        limits = (_EFFECTIVE_DRAWS[0], min(_EFFECTIVE_DRAWS[1], total / 10))
+        first, second = map(min, _EFFECTIVE_DRAWS, (part * total for part in _EFFECTIVE_PART))
         slack = 5.0 / (chains.num_draws // 2)
         cure = f"draw more samples, or {_LONGER}"
         found += [
@@ -242,7 +253,7 @@ def _of_chains(measured: Measured) -> list[Check]:
                 "effective draws, bulk",
                 chains.bulk_size,
                 f"few effective draws ({chains.bulk_size:.0f}): {cure}",
-                limits,
+                (first, second),
                 least=True,
                 form=".0f",
             ),
@@ -250,7 +261,15 @@ def _of_chains(measured: Measured) -> list[Check]:
                 "effective draws, tails",
                 chains.tail_size,
                 f"few effective draws in the tails ({chains.tail_size:.0f}): {cure}",
-                limits,
+                (first, second),
+                least=True,
+                form=".0f",
+            ),
+            Check(
+                "draws in all",
+                total,
+                f"{total} draws are few: draw more samples",
+                _FEWEST_DRAWS_IN_ALL,
                 least=True,
                 form=".0f",
             ),
@@ -287,15 +306,6 @@ def _of_proposals(measured: Measured) -> list[Check]:
             _MAX_BAD_SHARE,
             form=".1%",
         ),
-        Check(
-            "drift of the warm start",
-            measured.drift,
-            "particles of the warm start had not arrived everywhere and may have missed a part of the "
-            "posterior: compare with another seed or kernel, or give a wider start (`init_strategy`)",
-            _MAX_DRIFT,
-            _MAX_DRIFT,
-            form=".3f",
-        ),
     ]
 
 
@@ -303,14 +313,35 @@ def _of_evidence(measured: Measured) -> list[Check]:
     forward, error = measured.forward, printed_error(measured)
     cure = "raise `smc_particles`" if measured.ensemble else _LONGER
     tail = f"the weights have a heavy tail (k-hat {forward.khat:.2f}): proposals are too narrow; {cure}"
-    equal = forward.ess_fraction > NEARLY_EQUAL
+    apart, joint = difference(measured), joint_error(measured)
+    if np.isinf(apart):
+        joint = np.inf  # of a state without weight there is no error
+
+    def limits(floor: Limits) -> Limits:
+        first, second = (
+            min(low + times * joint, high)
+            for low, times, high in zip(floor, _JOINT_ERRORS, _CEILING, strict=True)
+        )
+        return first, second
+
+    # the posterior's side sees what is seldom proposed: the mean of 1/w has no such tail
+    confirmed = (
+        measured.backward is not None
+        and measured.backward.khat <= USABLE_KHAT
+        and apart <= limits(_FLOOR)[0]
+        and not any(check.grade(check.draws) for check in _of_chains(measured))
+    )
+    khat_limits = (1.0, 1.0) if confirmed else _MAX_KHAT
+    harmless = not forward.khat <= USABLE_KHAT and (
+        forward.ess_fraction > NEARLY_EQUAL or forward.unseen < _UNSEEN
+    )
     found = [
         Check(
             "Pareto k-hat",
             forward.khat,
             tail,
-            _NEVER if equal else _MAX_KHAT_OF_DRAWS,
-            _NEVER if equal else _MAX_KHAT,
+            _NEVER if harmless else _MAX_KHAT_OF_DRAWS,
+            _NEVER if harmless else khat_limits,
         ),
         Check(
             "effective sample fraction",
@@ -321,18 +352,7 @@ def _of_evidence(measured: Measured) -> list[Check]:
             form=".3f",
         ),
     ]
-    apart, joint = difference(measured), joint_error(measured)
-    if np.isinf(apart):
-        joint = np.inf  # of a state without weight there is no error
     if not np.isnan(joint):
-
-        def limits(floor: Limits) -> Limits:
-            first, second = (
-                min(low + times * joint, high)
-                for low, times, high in zip(floor, _JOINT_ERRORS, _CEILING, strict=True)
-            )
-            return first, second
-
         found.append(
             Check(
                 "difference of log evidences",

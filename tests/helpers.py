@@ -9,6 +9,7 @@ from numpyro.infer import MCMC
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel
 from numpyro_sbtm.core import Net, dis, evaluate, simulate
 from numpyro_sbtm.core.mixture import Mixture
+from numpyro_sbtm.core.weights import clean, log_evidence
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian, gaussian_mixture
 
@@ -80,6 +81,16 @@ def two_modes():
     """Two modes of weights 0.3 and 0.7 that a normal distribution does not separate."""
     trils = np.stack([0.7 * np.eye(2), 0.5 * np.eye(2)])
     return gaussian_mixture(np.array([0.3, 0.7]), np.array([[-1.5, 0.0], [1.5, 0.5]]), trils)
+
+
+def assert_evidence(found, truth=0.0):
+    """Assert that a report's log evidence is right by the error of its weights alone.
+
+    The printed error holds the difference of both estimates, and would excuse it.
+    """
+    error = float(log_evidence(clean(jnp.asarray(found.log_weight)))[1])
+    assert error < 0.2
+    assert_within(found.log_evidence, truth, error)
 
 
 def assert_within(estimate, truth, standard_error, limit=5.0):

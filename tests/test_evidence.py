@@ -37,9 +37,11 @@ def test_bayes_factor_of_nested_regressions(kind):
     options = {"warmup": 200, "samples": 100}
     found = [report(run_chains(KERNELS[kind](each.model), *each.args, **options)) for each in problems]
     exact = [each.log_evidence for each in problems]
-    error = np.hypot(*(each.log_evidence_se for each in found))
-    assert error < 0.02
-    assert abs((found[1].log_evidence - found[0].log_evidence) - (exact[1] - exact[0])) < 3 * error + 1e-4
+    # printed errors hold the difference of both estimates, and would excuse it: the tolerance is fixed
+    assert max(each.log_evidence_se for each in found) < 0.02
+    for side in ("log_evidence", "backward_log_evidence"):
+        values = [getattr(each, side) for each in found]
+        assert abs((values[1] - values[0]) - (exact[1] - exact[0])) < 0.03
     assert all(each.verdict == "reliable" for each in found)
 
 

@@ -439,7 +439,9 @@ def test_label_switching_is_mixed_and_its_evidence_right(kernel):
     assert found.verdict == "reliable" and found.max_rhat < 1.02, str(found)
     mu = np.asarray(mcmc.get_samples()["mu"])
     assert abs(np.mean(mu[:, 0] < mu[:, 1]) - 0.5) < 0.03
-    assert_within(found.log_evidence, problem.log_evidence, found.log_evidence_se + 1e-4)
+    # the printed error holds the difference of both estimates, and would excuse it
+    for value in (found.log_evidence, found.backward_log_evidence):
+        assert abs(value - problem.log_evidence) < 0.03
 
 
 @pytest.mark.slow
@@ -451,6 +453,7 @@ def test_a_refined_warm_start_serves_both_kernels(kernel):
     found = report(mcmc)
     assert found.verdict != "unreliable" and found.max_rhat < 1.02, str(found)
     assert "nothing looked for modes" not in str(found)
-    assert_within(found.log_evidence, problem.log_evidence, found.log_evidence_se + 1e-2)
+    for value in (found.log_evidence, found.backward_log_evidence):
+        assert abs(value - problem.log_evidence) < 0.15
     draws = problem.features(mcmc.get_samples(group_by_chain=True))
     np.testing.assert_allclose((draws.mean((0, 1)) - problem.mean) / problem.sd, 0.0, atol=0.1)
