@@ -23,6 +23,8 @@ __all__ = [
     "fit_normal",
     "gradients_per_mode",
     "log_evidence_by_bridge",
+    "num_draws",
+    "on_own_side",
     "polish",
     "separate_fits",
 ]
@@ -38,6 +40,7 @@ _ROUNDS, _MOVES = 3, 15  # how often a mode's draws move and are fitted; HMC tra
 _GAIN = 0.1  # nats by which matrices must beat variances alone
 _LEAST_MASS = 1e-4
 _BRIDGE_STEPS = 50
+_DRIFT_ERRORS = 5.0  # there are hundreds of coordinates in several modes
 
 
 class Mode(NamedTuple):
@@ -63,7 +66,7 @@ def num_draws(dim: int) -> int:
 
 def gradients_per_mode(dim: int) -> int:
     """Return how many target gradients `polish` spends."""
-    return num_draws(dim) * (_ROUNDS * (_MOVES * LEAPS + 1))
+    return num_draws(dim) * (1 + _ROUNDS * (_MOVES * LEAPS + 1))
 
 
 def separate_fits(
@@ -139,6 +142,18 @@ def fit_normal(
     return centre + cov @ pull, cov
 
 
+def on_own_side(
+    fits: LowRank, there: Bool[Array, " K"], k: Int[Array, ""], x: Float[Array, " d"]
+) -> Bool[Array, ""]:
+    """Say whether a point lies on mode k's side of the planes midway between its mean and the others'.
+
+    The sides part the space, so that masses add up, and moves do not carry draws to a mode that is near.
+    """
+    variance = 0.5 * (fits.std[k] ** 2 + fits.std**2)
+    beyond = jnp.sum((fits.loc - fits.loc[k]) / variance * (x - 0.5 * (fits.loc + fits.loc[k])), -1)
+    return ~jnp.any(there & (beyond > 0.0))
+
+
 def polish(key: Key, logdensity_fn: LogDensity, loc: Float[Array, " d"], std: Float[Array, " d"]) -> Mode:
     """Draw from the target within a mode, by HMC from a fit without correlations.
 
@@ -147,7 +162,7 @@ def polish(key: Key, logdensity_fn: LogDensity, loc: Float[Array, " d"], std: Fl
 
     Args:
         key: random key.
-        logdensity_fn: the target's log density.
+        logdensity_fn: the target's log density, very low beyond the mode (see `on_own_side`).
         loc: the mode's mean, shape ``[d]``.
         std: its deviations, shape ``[d]``.
 
@@ -181,9 +196,16 @@ def polish(key: Key, logdensity_fn: LogDensity, loc: Float[Array, " d"], std: Fl
         new = push(centre), times(root, stretch), times(shrink, inverse)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (mean, root, inverse))
         of_x = jax.vmap(lambda g: times(inverse.T, g) / std)(score)
-        return (*kept, jax.vmap(push)(moved), of_x, states.logdensity, drift_between(u, moved)), None
+        return (
+            *kept,
+            jax.vmap(push)(moved),
+            of_x,
+            states.logdensity,
+            drift_between(u, moved, _DRIFT_ERRORS),
+        ), None
 
     x = loc + std * noise
+    x = jnp.where(jnp.isfinite(jax.vmap(logdensity_fn)(x))[:, None], x, loc)
     carry = loc, one, one, x, x, x[:, 0], jnp.zeros((), x.dtype)
     (_, _, _, *found), _ = jax.lax.scan(improve, carry, jax.random.split(key_rounds, _ROUNDS))
     return Mode(*found)
@@ -214,7 +236,7 @@ def log_evidence_by_bridge(proposed: Float[Array, " n"], drawn: Float[Array, " n
         forward, backward = logsumexp(log_sigmoid(proposed - log_z)), logsumexp(log_sigmoid(log_z - drawn))
         return log_z + 0.5 * (forward - backward)
 
-    return jax.lax.fori_loop(0, _BRIDGE_STEPS, improve, 0.5 * (jnp.mean(proposed) + jnp.mean(drawn)))
+    return jax.lax.fori_loop(0, _BRIDGE_STEPS, improve, 0.5 * (jnp.median(proposed) + jnp.median(drawn)))
 
 
 def _held_out(u: Float[Array, "n d"], score: Float[Array, "n d"], diagonal: bool) -> Float[Array, ""]:
@@ -230,7 +252,12 @@ def _held_out(u: Float[Array, "n d"], score: Float[Array, "n d"], diagonal: bool
 
 
 def describe_modes(
-    key: Key, target: Target, whitening: LowRank | Whitening, modes: Mode, present: Bool[Array, " K"]
+    key: Key,
+    target: Target,
+    whitening: LowRank | Whitening,
+    fits: LowRank,
+    there: Bool[Array, " K"],
+    modes: Mode,
 ) -> Mixture:
     """Make the mixture of the modes' normal distributions, weighted by bridge estimates of their evidence.
 
@@ -240,12 +267,13 @@ def describe_modes(
         key: random key.
         target: the density.
         whitening: an affine map, in whose coordinates the mixture is.
-        modes: of leading axis K.
-        present: which of them are there, shape ``[K]``.
+        fits: those that the modes were polished from, leading axis K.
+        there: which of them are there, shape ``[K]``.
+        modes: their draws, leading axis K.
 
     Returns:
         The mixture. The log weight of a mode that is not there is minus infinity; so is that of one of mass
-        below 1e-4 of the largest, or with the mean of a larger one.
+        below 1e-4 of the largest, or with the mean of a larger one, which then has the mass of both.
     """
     dim = target.dim
     white = whiten(target, whitening)
@@ -267,32 +295,39 @@ def describe_modes(
         variance, vectors = jnp.linalg.eigh(cov)
         return vectors.T @ mean, variance, vectors, _held_out(u, score, False)
 
-    each = lambda fit: jax.lax.map(lambda one: or_nothing(fit, *one), (present, u, score))  # noqa: E731
+    each = lambda fit: jax.lax.map(lambda one: or_nothing(fit, *one), (there, u, score))  # noqa: E731
     centre, variance, flat_score = each(flat)
     means, variances, rotation = centre, variance, None
     if dim <= _MATRICES:
         turned, turned_variance, vectors, full_score = each(full)
         worth = jnp.nan_to_num(full_score - flat_score)
-        use = jnp.max(jnp.where(present, worth, 0.0)) > _GAIN
+        use = jnp.max(jnp.where(there, worth, 0.0)) > _GAIN
         centre, variance = jnp.where(use, turned, centre), jnp.where(use, turned_variance, variance)
         rotation = jnp.where(use, vectors, jnp.eye(dim, dtype=vectors.dtype))
-        rotation = jnp.where(present[:, None, None], rotation, jnp.eye(dim, dtype=vectors.dtype))
-    std = jnp.where(present[:, None], jnp.sqrt(variance), 1.0)
-    mixture = Mixture(jnp.zeros(len(present), std.dtype), rotation, centre, std)
+        rotation = jnp.where(there[:, None, None], rotation, jnp.eye(dim, dtype=vectors.dtype))
+    std = jnp.where(there[:, None], jnp.sqrt(variance), 1.0)
+    mixture = Mixture(jnp.zeros(len(there), std.dtype), rotation, centre, std)
 
     def evidence(
-        key: Key, one: Mixture, u: Float[Array, "n d"], values: Float[Array, " n"]
+        key: Key, k: Int[Array, ""], one: Mixture, u: Float[Array, "n d"], values: Float[Array, " n"]
     ) -> Float[Array, ""]:
         one = jax.tree.map(lambda leaf: leaf[None], one)
         draws = jax.vmap(one.sample)(jax.random.split(key, len(u)))
         proposed = jax.vmap(lambda v: white.logdensity_fn(v) - one.log_prob(v))(draws)
+        own = jax.vmap(lambda v: on_own_side(fits, there, k, unwhiten(whitening, v)[0]))(draws)
         drawn = values + log_det - jax.vmap(one.log_prob)(u)
-        return log_evidence_by_bridge(jnp.where(jnp.isfinite(proposed), proposed, -1e6), drawn)
+        return log_evidence_by_bridge(jnp.where(own & jnp.isfinite(proposed), proposed, -1e6), drawn)
 
-    keys = jax.random.split(key, len(present))
-    log_z = jax.lax.map(lambda one: or_nothing(evidence, *one), (present, keys, mixture, u, modes.values))
-    log_z = jnp.where(present & jnp.isfinite(log_z), log_z, -jnp.inf)
+    keys = jax.random.split(key, len(there))
+    log_z = jax.lax.map(
+        lambda one: or_nothing(evidence, *one),
+        (there, keys, jnp.arange(len(there)), mixture, u, modes.values),
+    )
+    log_z = jnp.where(there & jnp.isfinite(log_z), log_z, -jnp.inf)
     toward = (means[:, None] - means) ** 2 / (0.5 * (variances[:, None] + variances) + 1e-12)
     same = jnp.sum(toward, -1) < _MERGED**2
-    kept, _ = leaders(jnp.argsort(-log_z), same, log_z > jnp.max(log_z) + jnp.log(_LEAST_MASS))
-    return mixture._replace(log_weight=jax.nn.log_softmax(jnp.where(kept, log_z, -jnp.inf)))
+    leads, leader = leaders(jnp.argsort(-log_z), same, jnp.isfinite(log_z))
+    # halves of one mode have one mean: the larger stands for both
+    joined = logsumexp(jnp.where(leader == jnp.arange(len(there))[:, None], log_z, -jnp.inf), 1)
+    kept = leads & (joined > jnp.max(joined) + jnp.log(_LEAST_MASS))
+    return mixture._replace(log_weight=jax.nn.log_softmax(jnp.where(kept, joined, -jnp.inf)))

@@ -45,16 +45,18 @@ def or_very_low(value: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(value), value, -1e30)
 
 
-def drift_between(before: Float[Array, "n d"], after: Float[Array, "n d"]) -> Float[Array, ""]:
+def drift_between(
+    before: Float[Array, "n d"], after: Float[Array, "n d"], errors: float = 3.0
+) -> Float[Array, ""]:
     """Bound from below by what part the variance of a coordinate has changed between positions of particles.
 
-    Three standard errors of the mean change are taken off. In equilibrium moves change no variance; particles
-    that tempering has not carried everywhere go on spreading.
+    So many standard errors of the mean change are taken off. In equilibrium moves change no variance;
+    particles that tempering has not carried everywhere go on spreading.
     """
     centre = jnp.mean(before, 0)
     first, change = (before - centre) ** 2, (after - centre) ** 2 - (before - centre) ** 2
     error = jnp.std(change, 0) / len(before) ** 0.5
-    part = (jnp.abs(jnp.mean(change, 0)) - 3.0 * error) / jnp.maximum(jnp.mean(first, 0), 1e-30)
+    part = (jnp.abs(jnp.mean(change, 0)) - errors * error) / jnp.maximum(jnp.mean(first, 0), 1e-30)
     return jnp.maximum(jnp.max(part), 0.0)
 
 

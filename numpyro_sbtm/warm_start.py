@@ -34,6 +34,7 @@ from numpyro_sbtm.modes import (
     describe_modes,
     gradients_per_mode,
     num_draws,
+    on_own_side,
     polish,
     separate_fits,
 )
@@ -58,6 +59,8 @@ _NUM_PARTICLES = 4096
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _MAX_TEMPERATURES = 80
+_APART = 3.0  # distance of the particles' mean that shows another mode among them
+_OTHERS = 4  # modes that are left out so
 _DENSE = 128  # dimensions up to which there are matrices
 _RANK, _SUBSPACE_STEPS = 16, 20
 _MOVES = 3  # HMC transitions per temperature
@@ -210,7 +213,6 @@ def _add_missing(
     optimiser may have found it.
     """
     n, dim = particles.shape
-    radius = likely_radius(dim)
 
     def add(carry, inputs):  # type: ignore[no-untyped-def]
         particles, log_z = carry
@@ -222,8 +224,7 @@ def _add_missing(
         cov = centred.T @ centred / len(own)
         variance, rotation = jnp.linalg.eigh(cov + 1e-9 * jnp.trace(cov) * jnp.eye(dim))
         std = jnp.sqrt(jnp.maximum(variance, 1e-12))
-        z = (particles - mean) @ rotation / std
-        inside = jnp.mean(jnp.sum(z * z, -1) < radius)
+        inside = jnp.mean(_belong((particles - mean) @ rotation / std))
         share = jax.nn.sigmoid(elbo - log_z)
         missing = usable & (inside < _FOUND * share)
         key_which, key_draw = jax.random.split(key_f)
@@ -237,6 +238,23 @@ def _add_missing(
     keys = jax.random.split(key, len(elbos))
     carry = particles, log_z
     return jax.lax.scan(add, carry, (keys, elbos[best_first], draws[best_first]))[0][0]
+
+
+def _belong(z: Float[Array, "n d"]) -> Bool[Array, " n"]:
+    """Say which particles may be of a mode, in coordinates where it is N(0, I).
+
+    Norms are not enough: in a hundred dimensions particles of another mode six deviations away are as near
+    as many of its own. But their mean then lies off, and those beyond half of the way to it are left out.
+    """
+
+    def leave_out(_: Int[Array, ""], own: Bool[Array, " n"]) -> Bool[Array, " n"]:
+        mean = own @ z / jnp.maximum(jnp.sum(own), 1)
+        distance = jnp.linalg.norm(mean)
+        beyond = z @ mean > 0.5 * distance**2
+        return own & ~((distance > _APART) & beyond)
+
+    near = jnp.sum(z * z, -1) < likely_radius(z.shape[1])
+    return jax.lax.fori_loop(0, _OTHERS, leave_out, near)
 
 
 def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -> list[Stage]:
@@ -437,13 +455,17 @@ def _draw_modes(
     several = jnp.sum(there) > 1
 
     def one(inputs):  # type: ignore[no-untyped-def]
-        key, loc, std, present = inputs
-        draw = lambda: polish(key, target.logdensity_fn, loc, std)  # noqa: E731
+        key, k, present = inputs
+
+        def within(x: Float[Array, " d"]) -> Float[Array, ""]:
+            return jnp.where(on_own_side(fits, there, k, x), target.logdensity_fn(x), -jnp.inf)
+
+        draw = lambda: polish(key, within, fits.loc[k], fits.std[k])  # noqa: E731
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw))
         return jax.lax.cond(present, draw, lambda: blank)
 
     keys = jax.random.split(key, len(there))
-    modes = jax.lax.map(one, (keys, fits.loc, fits.std, there & several))
+    modes = jax.lax.map(one, (keys, jnp.arange(len(there)), there & several))
     return modes, jnp.where(several, jnp.sum(there), 0) * gradients_per_mode(target.dim)
 
 
@@ -465,7 +487,7 @@ def _mixture_of_modes(
 
     def describe(carry, _):  # type: ignore[no-untyped-def]
         whitening = carry[0]
-        mixture = describe_modes(key_mixture, target, whitening, modes, there)
+        mixture = describe_modes(key_mixture, target, whitening, fits, there, modes)
         every = n // num_draws(dim)  # no draw twice: repeated, they would look like structure
         which, x = (part[::every] for part in chosen(mixture))
         means = jnp.mean(modes.draws, 1)[which]
@@ -476,7 +498,7 @@ def _mixture_of_modes(
     def go() -> _Modes:
         mixture = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(lambda: describe_modes(key_mixture, target, flat, modes, there)),
+            jax.eval_shape(lambda: describe_modes(key_mixture, target, flat, fits, there, modes)),
         )
         (_, whitening, mixture), _ = jax.lax.scan(describe, (flat, flat, mixture), length=2)
         u = jax.vmap(lambda y: invert(whitening, y)[0])(chosen(mixture)[1])
