@@ -300,8 +300,10 @@ class LearnedKernel(MCMCKernel):
         Raises:
             ValueError: for the state of another number of chains, or of a model of other size.
         """
-        if state.training is None or state.block is None:  # a model without latent values
+        if isinstance(state, KernelState) and state.training is None:  # a model without latent values
             return state._replace(i=state.i + 1)
+        block = _checked(state)
+        assert state.training is not None
         num_keys = () if is_prng_key(state.rng_key) else (len(state.rng_key),)
         if num_keys != state.log_weight.shape:
             chains, given = (shape[0] if shape else 1 for shape in (state.log_weight.shape, num_keys))
@@ -310,7 +312,7 @@ class LearnedKernel(MCMCKernel):
                 "Pass as many keys, or the same `num_chains` and `chain_method` as in warm-up."
             )
         problem = self._problem_of(model_args, model_kwargs, state)
-        dim, known = problem.starts.shape[1], state.block.x.shape[-1]
+        dim, known = problem.starts.shape[1], block.x.shape[-1]
         if dim != known:
             raise ValueError(
                 f"`post_warmup_state` has {known} latent values, the model {dim} with these arguments: "
@@ -544,13 +546,13 @@ class LearnedKernel(MCMCKernel):
         data, dim = fingerprint(args, kwargs), problem.starts.shape[1]
         if not dim:
             return _without_latents(problem, rng_key, chains, run, data)
-        density = logdensity(problem, args, kwargs, self._forward_mode)
-        self._check_posterior(density, problem.starts[0])
         if run.num_warmup < 1:
             raise ValueError(
                 f"`num_warmup` must be at least 1, got {run.num_warmup}: the sampler is trained during "
                 "warm-up. To go on from a trained one, set `mcmc.post_warmup_state`."
             )
+        density = logdensity(problem, args, kwargs, self._forward_mode)
+        self._check_posterior(density, problem.starts[0])
         self._known = data if isinstance(data, np.ndarray) else None
         chain = self._chain(problem)
         if run.training is None:

@@ -223,19 +223,9 @@ def test_local_moves_come_by_default_where_the_warm_start_is_poor(kind):
 
 
 # ------------------------------------------------------------------ starts; test_inputs has more
-def all_observed():
-    numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)
-
-
 def pair():
     numpyro.sample("a", dist.Normal(0.0, 1.0))
     numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-
-
-@both_kinds
-def test_models_without_latent_values_are_refused(kind):
-    with pytest.raises(ValueError, match="no continuous latent site"):
-        run(make(kind, all_observed))
 
 
 @both_kinds
