@@ -26,6 +26,7 @@ from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.fingerprint import fingerprint
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments, logdensity
+from numpyro_sbtm.periodic import wrap
 from numpyro_sbtm.psis import NEARLY_EQUAL
 from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
 from numpyro_sbtm.start import Precondition, find_start
@@ -557,7 +558,7 @@ class LearnedKernel(MCMCKernel):
         chain = self._chain(problem)
         if run.training is None:
             target = chain.target(jnp.asarray(problem.offset), args, kwargs)
-            precondition = self._whitening(key_guide, dim, args, kwargs)
+            precondition = self._whitening(key_guide, problem, args, kwargs)
             order = jnp.asarray(problem.order)
             warm = find_start(
                 key_start, target, problem.starts, problem.scouts, order, precondition, chain.local
@@ -590,9 +591,9 @@ class LearnedKernel(MCMCKernel):
         )
 
     def _whitening(
-        self, key: Key, dim: int, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
+        self, key: Key, problem: Problem, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
     ) -> Precondition:
-        precondition = self._precondition
+        precondition, dim = self._precondition, problem.starts.shape[1]
         if isinstance(precondition, AutoGuide):
             assert self._model is not None  # checked by the constructor
             precondition = guide_moments(key, precondition, self._model, model_args, model_kwargs)
@@ -601,6 +602,9 @@ class LearnedKernel(MCMCKernel):
                 f"`precondition` is for dimension {len(precondition[0])}, but the posterior has "
                 f"dimension {dim} on the unconstrained space."
             )
+        if isinstance(precondition, tuple) and problem.centre is not None:
+            # a guide knows no window and may sit in another period
+            precondition = wrap(jnp.asarray(precondition[0]), problem.centre), precondition[1]
         return precondition
 
     def _local_move(self) -> LocalMove | None:

@@ -66,6 +66,7 @@ class Problem(NamedTuple):
         together: at how many points the density may be evaluated at once, by the memory that takes.
         most: at how many points it may be evaluated at all at once; None: at any number.
         offset: about the largest log density, where float32 would round differences of such numbers; else 0.
+        centre: of the windows of periodic coordinates, NaN for others, shape ``[d]``; None: all others.
     """
 
     potential_gen: Callable[..., Callable[[Any], Float[Array, ""]]]
@@ -78,6 +79,7 @@ class Problem(NamedTuple):
     together: int
     most: int | None
     offset: float | Float[Array, ""] = 0.0
+    centre: np.ndarray | None = None
 
     @property
     def small(self) -> bool:
@@ -185,7 +187,9 @@ def from_model(
         positions = _given_positions(init_params, positions, potential_fn)
         starts = jnp.concatenate([_flat(positions), starts])[:half]
     starts = jnp.concatenate([wrap(starts, centre), scouts[:half]])
-    problem = problem._replace(potential_gen=potential_gen, positions=positions, starts=starts, scouts=scouts)
+    problem = problem._replace(
+        potential_gen=potential_gen, positions=positions, starts=starts, scouts=scouts, centre=centre
+    )
     return _with_offset(problem, model_args, model_kwargs, forward_mode)
 
 

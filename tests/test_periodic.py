@@ -225,6 +225,13 @@ def test_models_with_proper_priors_are_left_alone():
     np.testing.assert_allclose(problem_of(model).potential_gen()(z), -exact, rtol=1e-6)
 
 
+def test_a_whitening_around_another_period_is_turned_back():
+    loc = jnp.array([jnp.log(11.0), 3.03 - 2 * np.pi])
+    kernel = KERNELS["dis"](angles, precondition=(loc, jnp.diag(jnp.array([0.35, 0.08]))), num_steps=4)
+    state = kernel.init(jax.random.key(0), 10, None, (ANGLES,), {})
+    assert state.training.warm.ess_fraction > 0.7
+
+
 @pytest.mark.parametrize("traced", ["key", "data", "closure"])
 def test_windows_under_a_trace(traced):
     """Traced keys do not matter; of traced data only the name of a site is known, and the window is at 0."""
