@@ -349,18 +349,18 @@ def _choose(
     rows += [(base, num) for base in bases for num in sizes if 1 < num <= size]
     which, kinds = (jnp.array(column) for column in zip(*rows, strict=True))
     train = (jnp.arange(n) < n // 2).astype(x.dtype)
-    blank, plain = identity_margins(x[0]), _padded_normal(x[0], size)
+    blank, plain, key_mixture = identity_margins(x[0]), _padded_normal(x[0], size), keys[3]
 
     def attempt(
         row: Int[Array, ""], weight: Float[Array, " n"], last: Bool[Array, ""]
     ) -> tuple[Whitening, Mixture]:
         number = which[row] + (last & (which[row] == _FITTED))
         whitening = jax.tree.map(lambda leaf: leaf[number], whitenings)
-        kind = kinds[row]
+        kind, key_row = kinds[row], jax.random.fold_in(key_mixture, row)
         u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
         margins = jax.lax.cond(kind == _MARGINS, lambda: fit_margins(u, weight), lambda: blank)
         mixture = jax.lax.cond(
-            kind > _MARGINS, lambda: fit_mixture(keys[3], u, weight, kind, size), lambda: plain
+            kind > _MARGINS, lambda: fit_mixture(key_row, u, weight, kind, size), lambda: plain
         )
         return whitening._replace(margins=margins), mixture
 

@@ -334,11 +334,12 @@ def diffusion(
         return paths.tempered(reachable(paths.log_weight[:num_forward], trust_region))
 
     def init(key: Key) -> DiffusionState:
-        params = net.init(key, target.dim)
         zero, far = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf)
         extra = None
         if divergence.extra is not None:
-            extra = divergence.extra(jax.random.fold_in(key, 1), target.dim)
+            key, key_extra = jax.random.split(key)
+            extra = divergence.extra(key_extra, target.dim)
+        params = net.init(key, target.dim)
         extra_opt_state = extra_optimiser.init(extra)
         return DiffusionState(
             step=zero,

@@ -215,7 +215,10 @@ def velocity_fit(
 
         carry = current.params, opt_state
         if first_updates:
-            carry = jax.lax.cond(first, lambda: first_fit(key, current, opt_state, particles), lambda: carry)
+            key_first, key = jax.random.split(key)
+            carry = jax.lax.cond(
+                first, lambda: first_fit(key_first, current, opt_state, particles), lambda: carry
+            )
         if max_rounds == 1:
             carry, loss, skipped = one_round(carry, key)
             return *carry, loss, skipped

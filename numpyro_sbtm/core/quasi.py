@@ -41,7 +41,10 @@ def quasi_normal(num: int, dim: int, key: Key | None = None) -> Float[Array, "nu
         ratio = (1.0 + ratio) ** (1.0 / dim)
     index = np.arange(num)[:, None]
     fractions = np.concatenate([index / num, index * ratio ** -np.arange(1.0, dim) % 1.0], 1)
-    shift = jnp.full(dim, 0.5) if key is None else jax.random.uniform(key, (dim,))
+    shift = jnp.full(dim, 0.5)
+    if key is not None:
+        key_shift, key_rotation = jax.random.split(key)
+        shift = jax.random.uniform(key_shift, (dim,))
     scale = np.where(np.arange(dim) == 0, 1.0 / num, 1.0)
     uniform = (jnp.asarray(fractions) + scale * shift) % 1.0
     tiny = jnp.finfo(uniform.dtype).eps
@@ -49,7 +52,7 @@ def quasi_normal(num: int, dim: int, key: Key | None = None) -> Float[Array, "nu
     if key is None:
         return points
     # another set must not share this one's planes: what is learned on one is then seen to fail on the other
-    return points @ jax.random.orthogonal(jax.random.fold_in(key, 1), dim, dtype=points.dtype)
+    return points @ jax.random.orthogonal(key_rotation, dim, dtype=points.dtype)
 
 
 def standardised(points: Float[Array, "num dim"]) -> Float[Array, "num dim"]:

@@ -408,13 +408,14 @@ def sbtm(
         if noisy:
             params = maps, state.noise
             walk = lambda key, x, g: process.forward(params, k, x, g).sample(key)  # noqa: E731
-            keys = jax.random.split(key, num_probes)
-            probes = jax.vmap(walk)(keys, state.probes, state.probe_scores)
+            key_walk, key_slopes = jax.random.split(key)
+            probes = jax.vmap(walk)(jax.random.split(key_walk, num_probes), state.probes, state.probe_scores)
             scores, probe_scores, target_scores, log_target = look(level, particles, probes)
             log_forward, log_backward = jax.vmap(lambda *ends: log_kernels(process, params, k, *ends))(
                 state.probes, probes, state.probe_scores, probe_scores
             )
             log_q = state.probe_log_q + log_forward - log_backward
+            keys = jax.random.split(key_slopes, num_probes)
             slopes = jax.vmap(lambda x, key: divergence_of(field, x, key))(state.probes, keys)
         else:
             move_by = lambda x: displacement(net, made, x)  # noqa: E731
@@ -463,7 +464,8 @@ def sbtm(
         keys = jax.random.split(key, _NUM_JUDGED)
 
         def variance(noise: Float[Array, ""]) -> Float[Array, ""]:
-            paths = jax.vmap(lambda k: simulate(process, (best(state), noise), target, k))(keys)
+            same = jax.random.clone(keys)  # the same paths, but for the noise
+            paths = jax.vmap(lambda k: simulate(process, (best(state), noise), target, k))(same)
             return log_variance().value(paths)
 
         noises = jnp.asarray(_NOISES, state.noise.dtype)

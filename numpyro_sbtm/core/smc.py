@@ -24,7 +24,8 @@ _GROUPS = 64  # ensembles that are made side by side
 
 def _choose(key: Key, log_weight: Float[Array, " m"], leaves):  # type: ignore[no-untyped-def]
     """Take one particle with probability proportional to its weight."""
-    return jax.tree.map(lambda leaf: leaf[resample(key, log_weight, 1)[0]], leaves)
+    chosen = resample(key, log_weight, 1)[0]
+    return jax.tree.map(lambda leaf: leaf[chosen], leaves)
 
 
 def _in_groups(draw_one, key: Key, n: int) -> Draws:  # type: ignore[no-untyped-def]
