@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run_script(script, **environment):
+def run_script(script, timeout=900, **environment):
     """Run a script in a process of its own, which must end well; return what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -20,7 +20,7 @@ def run_script(script, **environment):
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -124,4 +124,45 @@ def test_a_run_with_data_that_are_spread_over_devices(held):
     assert np.all(np.abs(np.log(z.std(0))) < 0.15), z.std(0)
     """,
         JAX_NUM_CPU_DEVICES="4",
+    )
+
+
+@pytest.mark.long
+def test_twenty_searches_of_a_factor_model_end():
+    """A Cholesky factor and two triangular solves: in one of three searches jaxlib 0.10 waited for itself."""
+    run_script(
+        """
+        import faulthandler
+        import jax, jax.numpy as jnp, numpy as np, numpyro
+        import numpyro.distributions as dist
+        from jax.scipy.linalg import cho_solve
+        from numpyro.infer import init_to_uniform
+        from numpyro_sbtm.core import Target
+        from numpyro_sbtm.model import from_model, logdensity
+        from numpyro_sbtm.warm_start import warm_start
+
+        rng = np.random.default_rng(0)
+        y = rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6)) + 0.5 * rng.normal(size=(100, 6))
+        squares = (y.T @ y).astype(np.float32)
+
+        def model(squares):
+            loading = numpyro.sample("loading", dist.Normal(0.0, 1.0).expand([6, 2]).to_event(2))
+            psi = numpyro.sample("psi", dist.HalfNormal(1.0).expand([6]).to_event(1))
+            root = jnp.linalg.cholesky(loading @ loading.T + jnp.diag(psi**2 + 1e-3))
+            distance = jnp.trace(cho_solve((root, True), squares))
+            numpyro.factor("y", -100 * jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * distance)
+
+        options = dict(num_chains=1, num_starts=8, init_strategy=init_to_uniform, init_params=None)
+        problem = from_model(jax.random.key(0), model, (squares,), {}, forward_mode=False, **options)
+        target = Target(logdensity(problem, (squares,), {}, False), 18)
+        stages = [jax.jit(stage) for stage in warm_start(target, jnp.asarray(problem.order))]
+        for seed in range(20):
+            # the first one compiles
+            faulthandler.dump_traceback_later(600 if seed else 3600, exit=True)
+            values = jax.random.key(seed), problem.starts, problem.scouts
+            for stage in stages:
+                values = jax.block_until_ready(stage(*values))
+            print(seed, flush=True)
+        """,
+        timeout=4 * 3600,
     )
