@@ -15,6 +15,7 @@ __all__ = ["FEWEST_DRAWS", "Convergence", "convergence"]
 
 FEWEST_DRAWS = 4  # of a chain: it is split, and a half needs two
 _TOGETHER = 2**22  # values that are ranked at a time
+_MOST_COMPUTED = 1000  # entries of a site that is not latent: they follow from those that are
 
 
 class Convergence(NamedTuple):
@@ -40,8 +41,9 @@ class Convergence(NamedTuple):
 
 
 def convergence(samples: Any, latent: Any = None) -> Convergence:
-    """Judge chains by all scalar entries of all sites.
+    """Judge chains by the scalar entries of all sites.
 
+    All entries of latent sites, and at most a thousand, evenly spaced, of each other site.
     An entry that is the same in all draws of all chains tells nothing and is left out, such as the zeros of a
     triangular matrix. A latent site that is constant in some chain is frozen.
 
@@ -87,6 +89,8 @@ def convergence(samples: Any, latent: Any = None) -> Convergence:
             frozen.append(name)
         same = np.all(draws == draws[:1, :1], (0, 1))
         judged = draws[..., ~same & ~np.any(np.isnan(draws), (0, 1))]
+        if not is_latent:
+            judged = judged[..., :: -(-judged.shape[-1] // _MOST_COMPUTED) or 1]
         width = max(1, _TOGETHER // (shape[0] * shape[1]))
         found += [_of_entries(judged[..., k : k + width]) for k in range(0, judged.shape[-1], width)]
     if not found:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
@@ -15,6 +15,7 @@ from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel, absolute
 from numpyro_sbtm.checks import shown, whole
 from numpyro_sbtm.convergence import Convergence, convergence, site_name
+from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.evidence import Estimate, from_chains, from_proposals, lower_bound
 from numpyro_sbtm.psis import tail_index
@@ -349,12 +350,19 @@ def _improper(mcmc: MCMC, fresh: Proposals, key: Key) -> tuple[str, ...]:
     log_weight = log_weight - np.max(log_weight, initial=-np.inf, where=np.isfinite(log_weight))
     names = _coordinate_names(state.z, chains=0 if x.shape[-1] == _size(state.z) else 1)
     rays = kernel.rays(state, (x, log_weight), key, mcmc._args, mcmc._kwargs)
+    return tuple(dict.fromkeys(names[_endless(rays, np.asarray(x))].tolist()))
+
+
+def _endless(rays: Rays, x: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " d"]:
+    """Say along which coordinates the density does not fall, from the shares of rays and their starts."""
     flat = np.max(np.atleast_2d(np.asarray(rays.coordinates)), 0) > _NO_DECAY
+    finite = np.abs(x[np.all(np.isfinite(x), -1)].astype(np.float64))
+    far = np.median(finite, 0) if len(finite) else np.zeros(x.shape[-1])
     if not np.any(flat) and max(np.max(rays.outwards), np.max(rays.scaled)) > _NO_DECAY:
         # a cone: of all directions those in which draws lie far out
-        far = np.median(np.abs(np.asarray(x, np.float64)), 0)
         flat = far >= 0.1 * np.max(far)
-    return tuple(dict.fromkeys(names[flat].tolist()))
+    # where squares overflow there is no further out to look, and no posterior
+    return np.asarray(flat | (far > float(np.finfo(x.dtype).max) ** 0.5))
 
 
 def _size(z: Any) -> int:

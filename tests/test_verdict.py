@@ -3,6 +3,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -12,8 +13,9 @@ from helpers import run_chains
 
 from numpyro_sbtm import LogVarianceDISKernel, report
 from numpyro_sbtm.convergence import convergence
+from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.evidence import from_chains, from_proposals, lower_bound
-from numpyro_sbtm.results import _absolute
+from numpyro_sbtm.results import _KEY, _absolute, _endless
 from numpyro_sbtm.verdict import Measured, checks, judge, printed_error
 
 CHAINS = convergence({"x": np.random.default_rng(0).normal(size=(4, 1000, 2))})
@@ -382,6 +384,33 @@ def test_the_offset_is_added_in_double_precision(offset, added):
     state = SimpleNamespace(training=SimpleNamespace(offset=np.asarray(offset)))
     values = jnp.array([[1.25, 2.0, 1e-3]] * 2, jnp.float32)
     np.testing.assert_allclose(_absolute(values, state) - np.array(added), np.asarray(values), atol=1e-9)
+
+
+def test_coordinates_without_an_end_are_found():
+    x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    none = Rays(np.zeros(3), np.zeros(()), np.zeros(()))
+    assert _endless(none, x).tolist() == [False] * 3
+    of_chains = none._replace(coordinates=np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.7]]))
+    assert _endless(of_chains, x).tolist() == [False, True, True]
+    # a cone is named by where draws lie, and what overflows is endless although no ray can be followed
+    assert _endless(none._replace(scaled=np.ones(())), x * np.float32([1, 50, 90])).tolist() == [
+        False,
+        True,
+        True,
+    ]
+    huge = x * np.float32([1, 1e37, 1])
+    huge[:20, 0] = np.inf
+    assert _endless(none, huge).tolist() == [False, True, False]
+
+
+def test_the_key_of_a_report_is_none_of_the_chain():
+    key = jax.random.key(0)
+    taken = np.asarray(jax.random.key_data(jax.random.split(key, 1000)))
+
+    def is_taken(tag):
+        return np.any(np.all(taken == np.asarray(jax.random.key_data(jax.random.fold_in(key, tag))), -1))
+
+    assert is_taken(1) and not is_taken(_KEY)  # a small number folded in is one of a split's keys
 
 
 # ------------------------------------------------------------------ whole runs
