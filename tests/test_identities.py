@@ -29,11 +29,20 @@ from numpyro_sbtm.core import (
     noise_path,
     two_pass_gradient,
 )
+from numpyro_sbtm.core.anneal import conditional_ess
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.path import observe, reevaluate, simulate
 from numpyro_sbtm.core.process import log_snr_grid
 from numpyro_sbtm.core.target import value_and_score
-from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence, log_variance_at, metropolis, resample
+from numpyro_sbtm.core.weights import (
+    clean,
+    ess_fraction,
+    log_evidence,
+    log_variance_at,
+    metropolis,
+    reachable,
+    resample,
+)
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import gaussian
 
@@ -390,3 +399,14 @@ def test_clear_errors():
         two_pass_gradient(kl(), process, params, batch(process, params, correlated(), 0, 2))
     with pytest.raises(ValueError, match="`num_steps` must be at least 1, got 0"):
         dis(STILL, 2, 0)
+
+
+def test_weights_of_any_level_have_the_same_effective_fraction():
+    """In float32, for log weights that are multiples of 1/16 and stay so half a million nats away."""
+    near = jnp.round(16 * jax.random.normal(jax.random.key(0), (1000,))).astype(jnp.float32) / 16
+    far = near - jnp.float32(2**19)
+    for found in (ess_fraction, lambda w: log_evidence(w)[1], lambda w: reachable(w, 0.1)):
+        np.testing.assert_allclose(found(far), found(near), rtol=1e-6)
+    np.testing.assert_array_equal(*(resample(jax.random.key(1), w, 1000) for w in (near, far)))
+    fractions = [conditional_ess(jnp.zeros(1000, jnp.float32), w) for w in (near, far)]
+    np.testing.assert_allclose(*fractions, rtol=1e-6)

@@ -204,7 +204,10 @@ def conditional_ess(log_weight: Float[Array, " n"], log_ratio: Float[Array, " n"
         >>> round(float(conditional_ess(jnp.zeros(2), jnp.array([0.0, -jnp.inf]))), 4)
         0.5
     """
+    log_weight = log_weight - jnp.max(log_weight)
     log_weight = log_weight - logsumexp(log_weight)
+    # the fraction does not change with the level of the ratios, but its rounding does
+    log_ratio = log_ratio - jnp.max(log_ratio, where=jnp.isfinite(log_ratio), initial=-jnp.inf)
     return jnp.exp(2.0 * logsumexp(log_weight + log_ratio) - logsumexp(log_weight + 2.0 * log_ratio))
 
 

@@ -42,7 +42,7 @@ __all__ = ["SBTMState", "sbtm"]
 
 _INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
 _PATIENCE = 15  # maps without a lower divergence after which no more are made
-_WORST_EXCESS = 1e6  # of log q over log π, where the latter is not finite
+_WORST_EXCESS = 1e6  # of log q over log π, relative to its mean, where the latter is not finite
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.5)  # among which the variance of the weights decides
 _FIRST_NOISE = 0.1  # while the maps are made
 _NUM_JUDGED = 256  # paths that judge each of them
@@ -291,9 +291,10 @@ def sbtm(
         excess = log_q - log_target
         there = jnp.isfinite(excess)
         share = jnp.mean(there, dtype=excess.dtype)
-        divergence = jnp.mean(excess, where=there) - jnp.log(share)
-        variance = jnp.var(jnp.where(there, excess, _WORST_EXCESS))
-        return jnp.where(share > 0.0, divergence, _WORST_EXCESS), variance
+        mean = jnp.mean(excess, where=there)
+        variance = jnp.var(jnp.where(there, excess - mean, _WORST_EXCESS))
+        some = share > 0.0
+        return jnp.where(some, mean - jnp.log(share), jnp.inf), jnp.where(some, variance, jnp.inf)
 
     def init(key: Key) -> SBTMState:
         key_net, key_particles, key_probes = jax.random.split(key, 3)

@@ -247,7 +247,10 @@ def _maximise_elbos(
         x, log_det = jax.vmap(lambda v: family.push(whitening, v))(test_noise)
         value = jax.vmap(logdensity_fn)(x)
         entropy = 0.5 * jnp.sum(test_noise**2, -1) + 0.5 * dim * jnp.log(2 * jnp.pi)
-        elbo = jnp.mean(jnp.where(jnp.isfinite(value), value + log_det + entropy, -1e6))
+        each = value + log_det + entropy
+        # a draw without a density counts as far worse than any that has one, whatever the density's level
+        worst = jnp.min(each, where=jnp.isfinite(each), initial=jnp.inf) - 1e6
+        elbo = jnp.mean(jnp.where(jnp.isfinite(each), each, worst))
         return whitening, jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf), x
 
     def chunk(carry):  # type: ignore[no-untyped-def]

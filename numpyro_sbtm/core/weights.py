@@ -26,6 +26,13 @@ def clean(log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
 
 
+def _centred(log_weight: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+    """Take the largest log weight from all: in float32 little is left of a difference of large sums."""
+    largest = jnp.max(log_weight)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    return log_weight - largest, largest
+
+
 def log_evidence(log_weight: Float[Array, " n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Estimate log Z, the logarithm of the mean weight, and its standard error.
 
@@ -45,9 +52,10 @@ def log_evidence(log_weight: Float[Array, " n"]) -> tuple[Float[Array, ""], Floa
         (3.0, 0.0)
     """
     n = log_weight.shape[0]
+    log_weight, largest = _centred(log_weight)
     log_z = logsumexp(log_weight) - jnp.log(n)
     relative = jnp.exp(log_weight - log_z)
-    return log_z, jnp.sqrt(jnp.sum((relative - 1.0) ** 2) / (n * max(n - 1, 1)))
+    return log_z + largest, jnp.sqrt(jnp.sum((relative - 1.0) ** 2) / (n * max(n - 1, 1)))
 
 
 def ess_fraction(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
@@ -62,6 +70,7 @@ def ess_fraction(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
         >>> float(ess_fraction(jnp.array([0.0, -jnp.inf])))
         0.5
     """
+    log_weight, _ = _centred(log_weight)
     log_ess = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
     return jnp.nan_to_num(jnp.exp(log_ess)) / log_weight.shape[0]
 
@@ -85,6 +94,8 @@ def reachable(log_weight: Float[Array, " n"], nats: float) -> Float[Array, ""]:
         1.0
     """
 
+    log_weight, _ = _centred(log_weight)
+
     def near(power: Float[Array, ""]) -> Bool[Array, ""]:
         share = jax.nn.log_softmax(jnp.where(jnp.isfinite(log_weight), power * log_weight, -jnp.inf))
         log_ratio = jnp.where(jnp.isfinite(share), share, 0.0) + jnp.log(log_weight.shape[0])
@@ -103,7 +114,7 @@ def resample(key: Key, log_weight: Float[Array, " n"], num: int) -> Int[Array, "
         [1, 1, 1]
     """
     alive = jnp.any(jnp.isfinite(log_weight))
-    return jax.random.categorical(key, jnp.where(alive, log_weight, 0.0), shape=(num,))
+    return jax.random.categorical(key, jnp.where(alive, _centred(log_weight)[0], 0.0), shape=(num,))
 
 
 def log_variance_at(acceptance: float) -> float:
