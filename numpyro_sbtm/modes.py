@@ -33,9 +33,10 @@ MAX_MODES = 8
 _MATRICES = 512  # dimensions up to which every mode has a covariance matrix; beyond it has variances
 _NUM_DRAWS, _NUM_DRAWS_BEYOND = 1024, 512  # of every mode
 _COMPARABLE, _PER_DIMENSION = 20.0, 0.25  # nats below the best ELBO, within which a fit may be a mode
+_NUM_PAIRS = 4  # of draws, of opposite signs, for an ELBO between two fits
 _SAME = 2.0  # distance of means, in deviations, below which fits are of one mode
 _MERGED = 3.0  # the same for means of moved draws, which are less exact
-_RIDGE = 0.01  # towards the last covariance
+_RIDGE = 1e-3  # towards the last covariance
 _ROUNDS, _MOVES = 3, 15  # how often a mode's draws move and are fitted; HMC transitions of each round
 _GAIN = 0.1  # nats by which matrices must beat variances alone
 _LEAST_MASS = 1e-4
@@ -70,14 +71,17 @@ def gradients_per_mode(dim: int) -> int:
 
 
 def separate_fits(
-    logdensity_fn: LogDensity, fits: LowRank, elbos: Float[Array, " f"]
+    key: Key, logdensity_fn: LogDensity, fits: LowRank, elbos: Float[Array, " f"]
 ) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
     """Choose one fit for every mode that may count.
 
-    Two fits are of one mode if the density does not dip between their means, or these are close. Distances of
-    means see a separation that the norms of draws hide in many dimensions.
+    Two fits are of one mode if neither the density dips between their means nor the ELBO between them, or if
+    their means are close: all of it sees a separation that the norms of draws hide in many dimensions. The
+    density alone would not do: a wide mode that holds as much as a narrow one is far lower, and its mean may
+    lie on the narrow one's slope.
 
     Args:
+        key: random key.
         logdensity_fn: the log density.
         fits: stacked maps, leading axis f.
         elbos: shape ``[f]``.
@@ -89,9 +93,17 @@ def separate_fits(
     usable = elbos > jnp.max(elbos) - _COMPARABLE - _PER_DIMENSION * dim
     usable &= jnp.all(jnp.isfinite(fits.loc), -1) & jnp.all(jnp.isfinite(fits.std), -1)
     loc = jnp.where(usable[:, None], fits.loc, 0.0)
-    variance = jnp.where(usable[:, None], fits.std, 1.0) ** 2
-    toward = (loc[:, None] - loc) ** 2 / (0.5 * (variance[:, None] + variance))
-    same = connected(logdensity_fn, loc) | (jnp.sum(toward, -1) < _SAME**2)
+    std = jnp.where(usable[:, None], fits.std, 1.0)
+    toward = (loc[:, None] - loc) ** 2 / (0.5 * (std[:, None] ** 2 + std**2))
+    noise = jax.random.normal(key, (_NUM_PAIRS, dim), loc.dtype)
+
+    def elbo(fit: Float[Array, " 2d"]) -> Float[Array, ""]:
+        loc, log_std = jnp.split(fit, 2)
+        x = loc + jnp.exp(log_std) * jnp.concatenate([noise, -noise])
+        return jnp.mean(jax.vmap(logdensity_fn)(x)) + jnp.sum(log_std)
+
+    same = connected(elbo, jnp.concatenate([loc, jnp.log(std)], 1)) & connected(logdensity_fn, loc)
+    same |= jnp.sum(toward, -1) < _SAME**2
     order = jnp.argsort(-elbos)
     first, _ = leaders(order, same, usable)
     chosen = order[jnp.argsort(~first[order])][:MAX_MODES]

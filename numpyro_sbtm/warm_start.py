@@ -387,11 +387,11 @@ def _wide_warm_start(target: Target) -> list[Stage]:
     """Do what `warm_start` does, in many dimensions, where particles are too few for covariances."""
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
-        return jax.random.split(key, 7), diagonal_guesses(target, starts, scouts), scouts
+        return jax.random.split(key, 8), diagonal_guesses(target, starts, scouts), scouts
 
     def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
         fits, elbos, gradients = fit_low_rank(keys[0], target, guesses)
-        chosen, there = separate_fits(target.logdensity_fn, fits, elbos)
+        chosen, there = separate_fits(keys[7], target.logdensity_fn, fits, elbos)
         return keys, jax.tree.map(lambda leaf: leaf[chosen], fits), there, gradients, scouts
 
     def part(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]

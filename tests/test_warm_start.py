@@ -17,7 +17,7 @@ from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.variational import Fit, _laplace, _pool, first_guesses, fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, fit_margins, invert, unwhiten, whiten
+from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.stages import run_stages
 from numpyro_sbtm.targets import gaussian
@@ -365,51 +365,6 @@ def test_refinement_leaves_particles_that_do_not_stay_finite():
     assert jnp.all(jnp.abs(jnp.mean(moved, 0) + 1.0) < 0.3) and jnp.all(jnp.abs(loc) < 0.3)
     broken = particles.at[3].set(jnp.nan)
     np.testing.assert_array_equal(refined(broken)[0], broken)
-
-
-def test_refinement_needs_few_enough_dimensions():
-    with pytest.raises(ValueError, match="up to 128 dimensions, got 129"):
-        warm_start(gaussian(np.zeros(129), np.eye(129)), jnp.arange(129), refined=True)
-
-
-def factor_model(dim=200, rank=2):
-    """N(mean, S² (I/2 + V Vᵀ)) with scales S from 0.1 to 10; its log density is normalised."""
-    rng = np.random.default_rng(0)
-    mean, scale = rng.normal(size=dim), np.geomspace(0.1, 10.0, dim)
-    loading = 0.7 * rng.normal(size=(dim, rank))
-    inner = np.linalg.inv(np.eye(rank) + 2.0 * loading.T @ loading)
-    log_det = np.sum(np.log(scale)) + 0.5 * (dim * np.log(0.5) - np.linalg.slogdet(inner)[1])
-
-    def logdensity(x):
-        z = (x - mean) / scale
-        along = z @ loading
-        quadratic = 2.0 * jnp.sum(z * z) - 4.0 * along @ inner @ along
-        return -0.5 * quadratic - log_det - 0.5 * dim * np.log(2 * np.pi)
-
-    return Target(logdensity, dim), mean, scale
-
-
-@pytest.mark.slow
-def test_many_dimensions_need_no_matrices():
-    target, mean, scale = factor_model()
-    scouts = 3.0 * jax.random.normal(jax.random.key(0), (32, target.dim))
-    stages = warm_start(target, jnp.arange(target.dim))
-    whitening = run_stages(stages, jax.random.key(1), scouts[:4], scouts)[0]
-    assert isinstance(whitening, LowRank)
-    assert jnp.min(whitening.gain[:2]) > 2.0 > jnp.max(whitening.gain[2:])
-    assert max(leaf.size for leaf in jax.tree.leaves(whitening)) <= 16 * target.dim
-    draws = jax.vmap(lambda u: unwhiten(whitening, u)[0])(jax.random.normal(jax.random.key(2), (2000, 200)))
-    assert np.all(np.abs(draws.mean(0) - mean) < 0.3 * scale)
-    # an undone map, and its log-determinant
-    x, log_det = unwhiten(whitening, jnp.arange(200.0) / 100)
-    u, same = invert(whitening, x)
-    np.testing.assert_allclose(u, jnp.arange(200.0) / 100, atol=1e-3)
-    exact = jnp.linalg.slogdet(jax.jacobian(lambda u: unwhiten(whitening, u)[0])(u))[1]
-    np.testing.assert_allclose([log_det, same], [exact, exact], rtol=1e-4)
-    white = whiten(target, whitening)
-    u = jax.random.normal(jax.random.key(3), (4000, 200))
-    log_weight = jax.vmap(white.logdensity_fn)(u) + 0.5 * jnp.sum(u**2, -1) + 100 * np.log(2 * np.pi)
-    assert float(jnp.std(log_weight)) < 3.0  # a map without correlations leaves more than 10
 
 
 @pytest.mark.parametrize("name", LOCAL_KERNELS)

@@ -448,10 +448,10 @@ def fit_low_rank(
     return fits, elbos, gradients
 
 
-def connected(logdensity_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, "m m"]:
-    """Say between which points a log density does not dip below both ends.
+def connected(value_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, "m m"]:
+    """Say between which points a function, such as a log density, does not dip below both ends.
 
-    Two modes of one scale that lie D deviations apart dip by D²/8 - log 2 nats.
+    Two normal modes of one scale that lie D deviations apart dip by D²/8 - log 2 nats.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -460,13 +460,13 @@ def connected(logdensity_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Ar
         >>> connected(wells, jnp.array([[-2.0], [2.0], [1.5]]))[1].tolist()
         [False, True, True]
     """
-    values = jax.vmap(logdensity_fn)(points)
+    values = jax.vmap(value_fn)(points)
     parts = jnp.linspace(0.0, 1.0, _SEGMENTS + 1, dtype=points.dtype)[1:-1]
 
     def row(inputs):  # type: ignore[no-untyped-def]
         end, value = inputs
         between = end + parts[:, None, None] * (points - end)
-        lowest = jnp.min(jax.vmap(logdensity_fn)(between.reshape(-1, end.size)).reshape(len(parts), -1), 0)
+        lowest = jnp.min(jax.vmap(value_fn)(between.reshape(-1, end.size)).reshape(len(parts), -1), 0)
         return lowest >= jnp.minimum(value, values) - _DIP  # not so where one is NaN
 
     return jax.lax.map(row, (points, values))
