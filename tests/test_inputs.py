@@ -224,7 +224,7 @@ class NotCallable:
 # ------------------------------------------------------------------ the table: name, how, outcome
 def option(name, value, *outcome, kind="dis", **others):
     outcome = outcome or (WORKS,)
-    shown = repr(value).replace("\n", "")[:40]
+    shown = getattr(value, "__name__", repr(value)).replace("\n", "")[:40]
     return f"{kind}: {name}={shown}", partial(build, kind, **{name: value}, **others), *outcome
 
 

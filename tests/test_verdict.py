@@ -12,10 +12,11 @@ import pytest
 from helpers import run_chains
 
 from numpyro_sbtm import LogVarianceDISKernel, report
+from numpyro_sbtm.adapter import absolute
 from numpyro_sbtm.convergence import convergence
 from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.evidence import from_chains, from_proposals, lower_bound
-from numpyro_sbtm.results import _KEY, _absolute, _endless
+from numpyro_sbtm.results import _KEY, _endless
 from numpyro_sbtm.verdict import Measured, checks, judge, printed_error
 
 CHAINS = convergence({"x": np.random.default_rng(0).normal(size=(4, 1000, 2))})
@@ -383,7 +384,7 @@ def test_the_bound_leaves_out_what_is_hardly_there():
 def test_the_offset_is_added_in_double_precision(offset, added):
     state = SimpleNamespace(training=SimpleNamespace(offset=np.asarray(offset)))
     values = jnp.array([[1.25, 2.0, 1e-3]] * 2, jnp.float32)
-    np.testing.assert_allclose(_absolute(values, state) - np.array(added), np.asarray(values), atol=1e-9)
+    np.testing.assert_allclose(absolute(values, state) - np.array(added), np.asarray(values), atol=1e-9)
 
 
 def test_coordinates_without_an_end_are_found():
