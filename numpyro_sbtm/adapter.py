@@ -424,6 +424,7 @@ class LearnedKernel(MCMCKernel):
             Shares of rays without decay; with a leading axis ``[chains]`` where each chain has its own
             sampler.
         """
+        points = jax.tree.map(lambda leaf: jnp.asarray(leaf, points[0].dtype), points)
         return self._use("rays", state, rng_key, points, model_args, model_kwargs)
 
     def _use(

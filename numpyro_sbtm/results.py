@@ -270,7 +270,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         acceptance=float(np.min(np.asarray(state.mean_accept_prob))),
         forward=from_proposals(log_weight),
         backward=_backward(mcmc),
-        not_finite=float(np.mean(~np.isfinite(log_weight))),
+        not_finite=float(np.mean(~np.isfinite(log_weight) & np.ravel(fresh.one_to_one))),
         folded=float(1.0 - np.mean(np.asarray(fresh.one_to_one))),
         drift=float(np.max(np.asarray(state.training.warm.drift))),
         improper=_improper(mcmc, fresh, key_rays),
