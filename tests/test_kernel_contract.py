@@ -214,12 +214,14 @@ def test_potential_functions_of_any_pytree(kind, shape):
 
 @one_kind_quickly
 def test_local_moves_come_by_default_where_the_warm_start_is_poor(kind):
-    def step_size(**options):
-        return make(kind, normal, **options).init(random.key(0), 4, None, (), {}).training.warm.step_size
+    def training(**options):
+        return make(kind, normal, **options).init(random.key(0), 4, None, (), {}).training
 
-    assert step_size() is None  # N(0, 1) needs no warm start
-    assert step_size(local_kernel="hmc") > 0
-    assert step_size(precondition=(np.zeros(1), 5.0 * np.eye(1))) > 0
+    # N(0, 1) needs no warm start; a step size is kept for other data all the same
+    assert training().local_moves is None and training().warm.step_size > 0
+    assert training(local_kernel="hmc").local_moves is not None
+    assert training(precondition=(np.zeros(1), 5.0 * np.eye(1))).local_moves is not None
+    assert training(local_kernel=None).warm.step_size is None
 
 
 # ------------------------------------------------------------------ starts; test_inputs has more
