@@ -209,7 +209,9 @@ def test_densities_of_independent_factorisations_keep_their_values(monkeypatch):
     monkeypatch.setattr(lapack.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     options = {"num_chains": 1, "num_starts": 2}
     start = jnp.zeros((1, 2))
-    problem = from_potential(jax.random.key(0), lambda x: -two_covariances(x), start, **options)
+    problem = from_potential(
+        jax.random.key(0), lambda x: -two_covariances(x), start, forward_mode=False, **options
+    )
     assert problem.small
     assert problem.most is not None
     points = jax.random.normal(jax.random.key(1), (problem.most + 10, 2))
@@ -269,7 +271,9 @@ def test_batches_of_batches_keep_to_the_limit(use, held, shape, monkeypatch):
         return potential
 
     options = {"num_chains": 1, "num_starts": 2}
-    problem = from_potential(jax.random.key(0), potential_gen(data), jnp.zeros((1, 2)), **options)
+    problem = from_potential(
+        jax.random.key(0), potential_gen(data), jnp.zeros((1, 2)), forward_mode=False, **options
+    )
     problem = problem._replace(most=100, potential_gen=potential_gen)
 
     def values(x, data):
@@ -343,7 +347,7 @@ def test_scores_of_models_with_a_loop_have_a_derivative():
         return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x[0]), (0, x[1]))[1]
 
     options = {"num_chains": 1, "num_starts": 2}
-    problem = from_potential(jax.random.key(0), jnp.sum, jnp.ones((1, 2)), **options)
+    problem = from_potential(jax.random.key(0), jnp.sum, jnp.ones((1, 2)), forward_mode=False, **options)
     density = logdensity(problem._replace(potential_gen=lambda: potential), (), {}, True)
     x, y = 0.7, -0.3
     hessian = jax.jit(jax.jacrev(jax.grad(density)))(jnp.array([x, y]))
