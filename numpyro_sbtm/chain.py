@@ -21,7 +21,7 @@ from numpyro_sbtm.core.whitening import invert, unwhiten, whiten
 from numpyro_sbtm.fingerprint import Fingerprint
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
-from numpyro_sbtm.psis import HARMLESS_TAIL, NEARLY_EQUAL, USABLE_KHAT, tail_index, unseen_share
+from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
 from numpyro_sbtm.stages import run_stages
 from numpyro_sbtm.state import KernelState, Proposals, Training, WarmStart
 
@@ -268,8 +268,7 @@ class LearnedChain:
             new = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype), flat, block)
             if ensemble is not None:  # the very first block decides; if it is poor, it is not used
                 weight = clean(flat.log_weight.reshape(-1))
-                heavy = (tail_index(weight) > USABLE_KHAT) & (unseen_share(weight, jnp.inf) > HARMLESS_TAIL)
-                poor = heavy & (ess_fraction(weight) < NEARLY_EQUAL)
+                poor = (tail_index(weight) > USABLE_KHAT) & (ess_fraction(weight) < NEARLY_EQUAL)
                 switch = poor & fresh & (k == 0)
                 ensemble, times = ensemble | switch, times + switch
             return k + 1, times, ensemble, new, block

@@ -93,8 +93,8 @@ def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
         >>> import numpy as np
         >>> from numpyro_sbtm.evidence import from_chains
         >>> found = from_chains(-1e6 + 0.1 * np.random.default_rng(0).normal(size=(4, 1000)))
-        >>> round(found.log_evidence + 1e6, 2), round(found.error, 3)  # the states here are those of π
-        (-0.0, 0.002)
+        >>> round(found.log_evidence + 1e6, 2), round(float(found.error), 3)  # -0.1² / 2, and 0.1 / √4000
+        (-0.01, 0.002)
     """
     log_weight = np.asarray(log_weight, np.float64)
     values, largest = _centred(-log_weight)
@@ -137,7 +137,7 @@ def lower_bound(log_weight: Float[np.ndarray, " n"], log_evidence: float) -> tup
         >>> import numpy as np
         >>> from numpyro_sbtm.evidence import lower_bound
         >>> bound, left_out = lower_bound(np.append(np.zeros(999), -1e4), np.log(0.999))
-        >>> round(bound, 4), left_out
+        >>> round(bound, 4), round(left_out, 4)
         (-0.001, 0.001)
     """
     with np.errstate(invalid="ignore"):

@@ -266,8 +266,10 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
     log density on particles that were not used for fitting decides: it punishes a missing mode, as ELBOs
     do not. Should particles not be finite, the best map alone remains.
 
-    Above 128 dimensions matrices are avoided: a map without correlations, then the particles' leading
-    directions. Memory is then linear in d.
+    Above 128 dimensions matrices are avoided: maps without correlations are fitted from starts and from where
+    climbs from starts and scouts arrive. If they are of one mode, its particles' leading directions follow,
+    and memory is linear in d. If they are of several, at most eight, each has its normal distribution: with
+    a matrix up to 512 dimensions, and draws of all take memory of 64 kB per dimension.
 
     Args:
         target: the density on the unconstrained space.
