@@ -73,8 +73,7 @@ def test_chains_of_a_narrow_proposal_turn_to_ensembles_and_stay_exact(kernel):
     )
     mcmc = run_chains(sampler, warmup=1, samples=2000, init_params=jnp.zeros((4, 2)))
     found = report(mcmc)
-    assert found.ensemble and "chosen among several" in str(found)
-    assert abs(found.log_evidence) < 0.1 and abs(found.backward_log_evidence) < 0.1
+    assert found.ensemble and found.evidence_verdict != "reliable" and "chosen among several" in str(found)
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
 
 
