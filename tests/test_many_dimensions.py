@@ -209,15 +209,20 @@ def check_run(mcmc, shares, masses, log_z):
     assert found.log_evidence_se < 0.01
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", [LogVarianceDISKernel, SBTMKernel])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(LogVarianceDISKernel, marks=pytest.mark.slow),
+        pytest.param(SBTMKernel, marks=pytest.mark.long),
+    ],
+)
 def test_both_kernels_find_both_wells_of_one_coordinate_among_150(kernel):
     mcmc = run_chains(kernel(two_wells), warmup=300)
     x = np.asarray(mcmc.get_samples()["x"])
     check_run(mcmc, np.mean(x[:, 0] > 0), 0.5, -180.5914)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_modes_of_unequal_mass_in_200_dimensions():
     logdensity, centres = pair(200, 6.0)
     mcmc = run_chains(LogVarianceDISKernel(as_model(logdensity, 200)), warmup=300)
@@ -225,7 +230,7 @@ def test_modes_of_unequal_mass_in_200_dimensions():
     check_run(mcmc, np.mean((x - centres.mean(0)) @ direction(200) < 0), 0.3, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_modes_in_300_dimensions():
     centres = np.random.default_rng(5).normal(size=(3, 300))
     centres *= 6.0 / np.linalg.norm(centres, axis=1, keepdims=True)
@@ -237,7 +242,7 @@ def test_three_modes_in_300_dimensions():
     check_run(mcmc, np.bincount(of_mode, minlength=3) / len(x), masses, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_signs_of_an_item_response_model():
     """Abilities and discriminations change their signs together: each mode has one half."""
     rng = np.random.default_rng(3)
