@@ -386,7 +386,6 @@ class LearnedKernel(MCMCKernel):
             be computed.
 
         Raises:
-            RuntimeError: if the kernel has not run.
             TypeError: for what is no state of it, or no key.
             ValueError: for points of another shape.
 

@@ -9,7 +9,6 @@ from numpyro_sbtm.lazy import load
 
 __all__ = [
     "FINITE_VARIANCE_KHAT",
-    "HARMLESS_TAIL",
     "NEARLY_EQUAL",
     "USABLE_KHAT",
     "tail_index",
@@ -20,9 +19,6 @@ __all__ = [
 FINITE_VARIANCE_KHAT = 0.5  # above it the weights have no finite variance
 USABLE_KHAT = 0.7  # above it the mean weight has no usable error bar
 NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
-HARMLESS_TAIL = (
-    0.02  # share that weights beyond any seen may add to their mean, below which k-hat does no harm
-)
 _FEWEST = 25  # positive weights that have a tail
 _LARGEST_KHAT = 0.9  # of a tail whose mean is still computed; one at k-hat 1 has none
 _EQUAL = 1e-4  # range of log weights below which they count as equal
