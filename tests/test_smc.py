@@ -78,5 +78,5 @@ def test_chains_of_a_narrow_proposal_turn_to_ensembles_and_stay_exact(kernel):
 
 
 def test_few_particles_are_refused():
-    with pytest.raises(ValueError, match="`smc_particles` must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="`smc_particles` must be a whole number from 0 to 65536, got -1"):
         KERNELS["dis"](None, lambda x: 0.0, smc_particles=-1)
