@@ -245,14 +245,14 @@ class LearnedKernel(MCMCKernel):
         model_args: tuple[Any, ...] = (),
         model_kwargs: dict[str, Any] | None = None,
     ) -> KernelState:
-        """Set up the state: look for the posterior.
+        """Look for the posterior, and train where draws from what was found are not good enough.
 
-        Nothing is trained here, but for chains that run in sequence: `MCMC` hands them over one by one, each
-        after the end of the one before, and with ``shared=True`` the first searches and trains for all.
+        Of chains that run in sequence `MCMC` hands over one by one, each after the end of the one before:
+        with ``shared=True`` the first searches and trains for all.
 
         Args:
             rng_key: one key, or a batch of keys, one for every vectorised chain.
-            num_warmup: the number of training steps.
+            num_warmup: the largest number of training steps.
             init_params: unconstrained positions, with a leading chain axis for a batch of keys.
             model_args: positional arguments of the model.
             model_kwargs: keyword arguments of the model.
@@ -275,7 +275,7 @@ class LearnedKernel(MCMCKernel):
             for c, key in enumerate(rng_key):
                 own = jax.tree.map(lambda leaf, c=c: leaf[c : c + 1], init_params)
                 # batched, a choice between two ways to propose would always take both
-                states.append(self._init_system(key, own, run, ensembles=False))
+                states.append(self._init_system(key, own, run, several=True))
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
             state = stacked._replace(**{field: getattr(states[0], field) for field in UNBATCHED})
         self._set_up = True
@@ -293,7 +293,7 @@ class LearnedKernel(MCMCKernel):
     def sample(
         self, state: KernelState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
     ) -> KernelState:
-        """Do one training step in warm-up; after it, one draw by Metropolis steps with fresh proposals.
+        """Make one draw by Metropolis steps with fresh proposals; in warm-up, do nothing.
 
         All that it needs to know it finds in the state and the arguments. Where these are not the data that
         the state was weighed under, position and proposals are weighed anew.
@@ -533,7 +533,7 @@ class LearnedKernel(MCMCKernel):
         )
 
     def _init_system(
-        self, rng_key: Key, init_params: Any, run: Run, *, ensembles: bool = True
+        self, rng_key: Key, init_params: Any, run: Run, *, several: bool = False
     ) -> KernelState:
         """Make the state of one trained sampler and of the chains that share it."""
         args, kwargs = run.model_args, run.model_kwargs
@@ -541,7 +541,9 @@ class LearnedKernel(MCMCKernel):
         over = jax.vmap if chains else lambda function: function
         split = over(jax.random.split)(rng_key)
         key_system, keys = (over(lambda own, k=k: own[k])(split) for k in range(2))
-        key_problem, key_guide, key_start = jax.random.split(key_system[0] if chains else key_system, 3)
+        key_problem, key_guide, key_start, key_train = jax.random.split(
+            key_system[0] if chains else key_system, 4
+        )
         problem = self._make_problem(key_problem, init_params, args, kwargs, chains[0] if chains else 1)
         self._remember(problem, args, kwargs)
         data, dim = fingerprint(args, kwargs), problem.starts.shape[1]
@@ -563,7 +565,9 @@ class LearnedKernel(MCMCKernel):
             warm = find_start(
                 key_start, target, problem.starts, problem.scouts, order, precondition, chain.local
             )
-            run.structure = run.structure or _structure(warm, self._local_kernel)
+            # chains with samplers of their own all train, if any does
+            alone = self._shortens and (self._shared or not several)
+            run.structure = run.structure or _structure(warm, self._local_kernel, alone)
             warm = _simplified(warm, run.structure)
         else:
             warm = run.training.warm
@@ -576,19 +580,20 @@ class LearnedKernel(MCMCKernel):
             kwargs,
             run.num_warmup,
             (*chains, rounds, self._steps_per_draw),
-            doubtful=ensembles and run.structure.doubtful,
+            doubtful=not several and run.structure.doubtful and self._smc_particles > 1,
             still=run.structure.still,
             data=data,
         )
-        if run.keys is None or not self._shared:
-            return state
-        if run.training is None:
-            run.training = chain.trained(state, args, kwargs)
-            return state._replace(training=run.training)
-        # paid for by the first chain
-        return state._replace(
-            training=run.training._replace(gradients=jnp.zeros_like(run.training.gradients))
-        )
+        assert state.training is not None
+        if run.training is not None:  # paid for by the first chain
+            free = jnp.zeros_like(run.training.gradients)
+            return state._replace(training=run.training._replace(gradients=free))
+        if run.structure.learned:
+            run.train = run.train or jax.jit(partial(chain.trained, args=args, kwargs=kwargs))
+            state = state._replace(training=run.train(key_train, state.training))
+        if run.keys is not None and self._shared:
+            run.training = state.training
+        return state
 
     def _whitening(
         self, key: Key, problem: Problem, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
@@ -630,14 +635,14 @@ def absolute(log_weight: Any, state: KernelState) -> Any:
     return log_weight + (offset[:, None] if offset.ndim else offset)
 
 
-def _structure(warm: WarmStart, local_kernel: str | None) -> Structure:
+def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Structure:
     """Say what does nothing, for programs that are smaller and faster to compile.
 
     Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals;
-    and where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
+    where they are nearly exact, all training if ``alone``, and local moves if ``local_kernel`` is 'auto'.
     """
     if not not_jax_tracer(warm.khat):
-        return Structure(None, True, True, True, False)
+        return Structure(None, True, True, True, False, True)
     margins, rotation = warm.whitening.margins, warm.reference.rotation
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
     still = local_kernel == "auto" and bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
@@ -647,6 +652,7 @@ def _structure(warm: WarmStart, local_kernel: str | None) -> Structure:
         rotation is not None and bool(np.any(rotation != np.eye(rotation.shape[-1]))),
         not bool(warm.usable()),
         still,
+        not (alone and bool(warm.usable())),
     )
 
 

@@ -15,6 +15,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.algorithm import Algorithm, Ensemble
 from numpyro_sbtm.core.decay import Rays, decay
+from numpyro_sbtm.core.importance import importance
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
 from numpyro_sbtm.core.whitening import invert, unwhiten, whiten
@@ -22,7 +23,6 @@ from numpyro_sbtm.fingerprint import Fingerprint
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
 from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
-from numpyro_sbtm.stages import run_stages
 from numpyro_sbtm.state import KernelState, Proposals, Training, WarmStart
 
 __all__ = ["LearnedChain"]
@@ -69,6 +69,8 @@ class LearnedChain:
 
     def _algorithm(self, training: Training, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Algorithm:
         white = self._white(training, args, kwargs)
+        if training.algorithm is None:
+            return importance(white, training.warm.reference)
         return self.make_algorithm(white, training.warm, training.loss.shape[-1])
 
     def _with_sampler(
@@ -131,50 +133,34 @@ class LearnedChain:
         return decay(key, self.target(training.offset, args, kwargs), training.warm.whitening, *points)
 
     # ------------------------------------------------------------------ warm-up
-    def train(self, state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KernelState:
-        """Do one training step, with the first chain's key."""
-        over = jax.vmap if state.log_weight.ndim else _itself
-        keys = over(jax.random.split)(state.rng_key)
-        rng_key, key_step = _column(keys, 0, over), _column(keys, 1, over)
-        key_step = key_step[0] if state.log_weight.ndim else key_step
-        assert state.training is not None
-        num_warmup = state.training.loss.shape[-1]
+    def trained(
+        self, key: Key, training: Training, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Training:
+        """Do all of the training, until it gains nothing more or warm-up is over."""
+        num_warmup = training.loss.shape[-1]
+        algorithm = self.make_algorithm(self._white(training, args, kwargs), training.warm, num_warmup)
+        enough = num_warmup // _SHORTER if self.shorten else num_warmup
 
-        def work(training: Training) -> Training:
-            algorithm = self._algorithm(training, args, kwargs)
-            trained, info = algorithm.step(key_step, training.algorithm)
-            num_steps = training.num_steps + 1
-            least = num_warmup // _SHORTER if self.shorten else num_warmup
-            enough = training.warm.near_exact() & (num_steps >= least)
-            return training._replace(
+        def step(carry):  # type: ignore[no-untyped-def]
+            training, _ = carry
+            k = training.num_steps
+            trained, info = algorithm.step(jax.random.fold_in(key_steps, k), training.algorithm)
+            new = training._replace(
                 algorithm=trained,
-                finished=info.finished | enough,
-                num_steps=num_steps,
-                loss=training.loss.at[state.i].set(info.loss.astype(training.loss.dtype)),
+                num_steps=k + 1,
+                loss=training.loss.at[k].set(info.loss.astype(training.loss.dtype)),
                 skipped_updates=training.skipped_updates + info.skipped,
                 gradients=training.gradients + info.gradients,
             )
+            finished = info.finished | (training.warm.near_exact() & (k + 1 >= enough))
+            return jax.tree.map(lambda leaf, before: leaf.astype(before.dtype), new, training), finished
 
-        training = jax.lax.cond(state.training.finished, lambda training: training, work, state.training)
-        return state._replace(training=training, rng_key=rng_key)
-
-    def trained(self, state: KernelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Training:
-        """Do all of the training at once, with the keys that warm-up would use."""
-        assert state.training is not None
-        num_warmup = state.training.loss.shape[-1]
-
-        def unfinished(state: KernelState) -> Bool[Array, ""]:
-            assert state.training is not None
-            return (state.i < num_warmup) & ~state.training.finished
-
-        @jax.jit
-        def run(state: KernelState) -> Training:
-            step = lambda state: _like(self.train(state, args, kwargs), state)  # noqa: E731
-            end = jax.lax.while_loop(unfinished, lambda s: step(s)._replace(i=s.i + 1), state)
-            assert end.training is not None
-            return end.training._replace(finished=jnp.ones((), bool))
-
-        return run(state)
+        key_init, key_steps = jax.random.split(key)
+        # a weakly typed leaf would turn strong in the first step
+        first = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), algorithm.init(key_init))
+        carry = training._replace(algorithm=first), jnp.zeros((), bool)
+        unfinished = lambda carry: (carry[0].num_steps < num_warmup) & ~carry[1]  # noqa: E731
+        return jax.lax.while_loop(unfinished, step, carry)[0]
 
     # ------------------------------------------------------------------ draws
     def sample(
@@ -184,11 +170,11 @@ class LearnedChain:
         kwargs: dict[str, Any],
         data: Fingerprint,
     ) -> KernelState:
-        """Do a training step or make a draw; ``data`` is the fingerprint of the arguments."""
+        """Make a draw; in warm-up do nothing. ``data`` is the fingerprint of the arguments."""
         assert state.training is not None
         new = jax.lax.cond(
             state.i < state.training.loss.shape[-1],
-            lambda: _like(self.train(state, args, kwargs), state),
+            lambda: state,
             lambda: _like(self.draw(state, args, kwargs, data), state),
         )
         return new._replace(i=state.i + 1, next_key=jax.random.key_data(new.rng_key))
@@ -333,7 +319,7 @@ class LearnedChain:
         still: bool,
         data: Fingerprint,
     ) -> KernelState:
-        """Make the state in which warm-up begins; nothing is trained here.
+        """Make the state before training: draws from it are those of the warm start.
 
         Args:
             keys: one for every chain, or one alone.
@@ -352,14 +338,10 @@ class LearnedChain:
         z = problem.positions
         if not chains:
             z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
-        over = jax.vmap if chains else _itself
-        split = over(jax.random.split)(keys)
-        rng_key, key_algorithm = _column(split, 0, over), _column(split, 1, over)
-        blank, zero, no = _filled(chains, 0.0, dtype), _filled((), 0, jnp.int32), _filled((), False, bool)
+        blank, zero = _filled(chains, 0.0, dtype), _filled((), 0, jnp.int32)
         training = Training(
             warm=warm,
             algorithm=None,
-            finished=no,
             num_steps=zero,
             loss=_filled((num_warmup,), jnp.nan, dtype),
             skipped_updates=zero,
@@ -369,11 +351,7 @@ class LearnedChain:
             offset=jnp.asarray(problem.offset, dtype),
             data=data,
         )
-        own = self._algorithm(training, args, kwargs)
-        (algorithm,) = run_stages(
-            [lambda key: (own.init(key),)], key_algorithm[0] if chains else key_algorithm
-        )
-        ensemble = no if doubtful and problem.small and own.ensemble is not None else None
+        ensemble = _filled((), False, bool) if doubtful and problem.small else None
         # filled at the first draw
         empty = _filled(block, 0.0, dtype)
         state = KernelState(
@@ -385,17 +363,17 @@ class LearnedChain:
             mean_accept_prob=blank,
             diverging=_filled(chains, False, bool),
             nonfinite_proposals=_filled(chains, 0, jnp.int32),
-            training=training._replace(algorithm=algorithm, ensemble=ensemble),
+            training=training._replace(ensemble=ensemble),
             block=Proposals(_filled((*block, dim), 0.0, dtype), empty, empty, _filled(block, False, bool)),
             used=zero,
             num_draws=zero,
             data=data,
-            next_key=jax.random.key_data(rng_key),
+            next_key=jax.random.key_data(keys),
             rng_key=zero,
         )
         # a weakly typed leaf would turn strong in the first step, and a second program would be compiled
         strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state)
-        return strong._replace(rng_key=rng_key)
+        return strong._replace(rng_key=keys)
 
 
 def _itself(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,13 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from numpyro_sbtm.convergence import FEWEST_DRAWS, effective_size
-from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+from numpyro_sbtm.core.weights import ess_fraction, log_evidence
 from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, tail_index, tail_index_error, unseen_share
 
 __all__ = ["Estimate", "from_chains", "from_proposals", "lower_bound"]
@@ -47,6 +48,13 @@ def _centred(log_weight: Float[np.ndarray, "*n"]) -> tuple[Float[np.ndarray, " m
     return flat - largest, largest
 
 
+@jax.jit
+def _described(log_weight: Float[Array, " n"]) -> tuple[tuple[Array, Array], Array, Array, Array]:
+    """Compute what is asked of weights in one program: operation by operation it would be a hundred."""
+    unseen = unseen_share(log_weight, jnp.inf)
+    return log_evidence(log_weight), tail_index(log_weight), ess_fraction(log_weight), unseen
+
+
 def _may_be_heavy(khat: float, n: float) -> bool:
     return khat + 2.0 * tail_index_error(khat, max(int(n), 1)) > FINITE_VARIANCE_KHAT
 
@@ -66,14 +74,12 @@ def from_proposals(log_weight: Float[np.ndarray, " n"]) -> Estimate:
         (0.0, 0.0016)
     """
     values, largest = _centred(log_weight)
-    weights = clean(jnp.asarray(values))
-    log_z, error = (float(value) for value in log_evidence(weights))
-    khat = float(tail_index(weights))
+    weights = jnp.asarray(np.where(np.isfinite(values), values, -np.inf))
+    (log_z, error), khat, fraction, unseen = jax.tree.map(float, _described(weights))
     heavy = _may_be_heavy(khat, values.size)
     if np.isfinite(log_z) and heavy:
         error = max(error, float(unseen_share(weights, khat)))
-    unseen = float(unseen_share(weights, np.inf))
-    return Estimate(log_z + largest, error, khat, float(ess_fraction(weights)), heavy, unseen)
+    return Estimate(log_z + largest, error, khat, fraction, heavy, unseen)
 
 
 def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
@@ -105,8 +111,8 @@ def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
     inverse = np.exp(values)
     mean = float(np.mean(inverse))
     weights = jnp.asarray(values)
-    khat, fraction = float(tail_index(weights)), float(ess_fraction(weights))
-    error, heavy, unseen = np.nan, True, float(unseen_share(weights, np.inf))
+    _, khat, fraction, unseen = jax.tree.map(float, _described(weights))
+    error, heavy = np.nan, True
     if log_weight.shape[1] >= FEWEST_DRAWS:
         deviation = float(np.std(inverse)) / mean
         size = float(effective_size(inverse.reshape(log_weight.shape))) if deviation > 0 else np.inf

@@ -2,6 +2,7 @@
 """What several calls of a kernel's `init` share within one call of `MCMC.run`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ class Structure(NamedTuple):
         turned: whether components of the reference have axes of their own.
         doubtful: whether single proposals may turn out to be poor.
         still: whether draws end without local moves, the warm start being nearly exact.
+        learned: whether anything is trained; else draws come from the warm start alone.
     """
 
     num_components: int | None
@@ -30,6 +32,7 @@ class Structure(NamedTuple):
     turned: bool
     doubtful: bool
     still: bool
+    learned: bool
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Run:
         model_kwargs: keyword arguments of the model.
         keys: those of all chains where they run in sequence, else None.
         structure: of the first chain that was set up.
+        train: the compiled training of one sampler.
         training: what the first chain of a sequence learned, for all of them.
         num_set_up: chains of a sequence that were set up.
     """
@@ -51,6 +55,7 @@ class Run:
     model_kwargs: dict[str, Any]
     keys: Key | None = None
     structure: Structure | None = None
+    train: Callable[[Key, Training], Training] | None = None
     training: Training | None = None
     num_set_up: int = 0
 

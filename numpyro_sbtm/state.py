@@ -47,12 +47,12 @@ class WarmStart(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What warm-up learns; frozen afterwards.
+    """What is learned before the first draw.
 
     Attributes:
         warm: the warm start.
-        algorithm: the algorithm's state, trained parameters among it.
-        finished: whether another step would gain nothing.
+        algorithm: the algorithm's state, trained parameters among it; None where draws come from the warm
+            start alone.
         num_steps: steps done.
         loss: of every warm-up step, NaN for those that were not needed; its length is the number of warm-up
             steps of the run that this state belongs to.
@@ -67,7 +67,6 @@ class Training(NamedTuple):
 
     warm: WarmStart
     algorithm: Any
-    finished: Bool[Array, ""]
     num_steps: Int[Array, ""]
     loss: Float[Array, " num_warmup"]
     skipped_updates: Int[Array, ""]

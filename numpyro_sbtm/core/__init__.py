@@ -19,6 +19,7 @@ from numpyro_sbtm.core.divergence import log_variance as log_variance
 from numpyro_sbtm.core.divergence import sub_trajectory_log_variance as sub_trajectory_log_variance
 from numpyro_sbtm.core.divergence import trajectory_balance as trajectory_balance
 from numpyro_sbtm.core.divergence import two_pass_gradient as two_pass_gradient
+from numpyro_sbtm.core.importance import importance as importance
 from numpyro_sbtm.core.path import Path as Path
 from numpyro_sbtm.core.path import evaluate as evaluate
 from numpyro_sbtm.core.path import noise_path as noise_path
