@@ -44,7 +44,7 @@ def _call(program: Compiled, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return program(*jax.tree.map(place, values, program.input_shardings[0]))
 
 
-def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
+def run_stages(stages: Sequence[Stage], *values: Any, results: list[Any] | None = None) -> tuple[Any, ...]:
     """Run functions one after the other, each on what the last one returned.
 
     XLA compiles one program on one core. So every stage becomes a program of its own, all are compiled at
@@ -54,6 +54,7 @@ def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
     Args:
         stages: functions of arrays, or trees of arrays, that return tuples of the next one's arguments.
         values: the first one's arguments.
+        results: a list to which what every stage returned is added; None: only the last one's is kept.
 
     Returns:
         What the last stage returned.
@@ -65,9 +66,11 @@ def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
         >>> float(run_stages(stages, jnp.arange(4.0))[0])
         1.5
     """
+    kept = [] if results is None else results
     if not all(map(not_jax_tracer, jax.tree.leaves(values))):
         for stage in stages:
             values = stage(*values)
+            kept.append(values)
         return values
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shapes = jax.eval_shape(lambda *values: values, *values)
@@ -78,4 +81,5 @@ def run_stages(stages: Sequence[Stage], *values: Any) -> tuple[Any, ...]:
             programs.append(pool.submit(_compiled, lowered))
         for program in programs:
             values = _call(program.result(), values)
+            kept.append(values)
     return values

@@ -5,17 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.target import Key, Target, after
-from numpyro_sbtm.core.weights import clean, ess_fraction
+from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import affine, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.psis import tail_index
-from numpyro_sbtm.stages import run_stages
+from numpyro_sbtm.stages import Stage, run_stages
 from numpyro_sbtm.state import WarmStart
-from numpyro_sbtm.warm_start import warm_start
+from numpyro_sbtm.warm_start import DENSE, warm_start
 
 __all__ = ["Precondition", "find_start"]
 
@@ -25,6 +26,9 @@ Precondition = str | tuple[Any, Any] | None
 _NUM_CHECKED = 1024  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 128  # points that choose the step size of local moves
+_FEW_PARTICLES = 512  # of the first look
+_SOUGHT = 1  # number of the stage after which particles start
+_MOST_OUTSIDE = 2.0  # times the mean weight at particles may be what fresh draws make expect
 
 
 def find_start(
@@ -38,6 +42,10 @@ def find_start(
 ) -> WarmStart:
     """Look for the posterior, or take what is given, and judge draws from there.
 
+    Few particles look first. Where draws from what they show are good, the particles have arrived, and none
+    of them lies outside, that is all; else many look. What is traced, and what has more than 128 dimensions,
+    has no first look.
+
     Args:
         key: random key.
         target: the posterior on the unconstrained space.
@@ -47,21 +55,59 @@ def find_start(
         precondition: 'auto' or 'refined' to look for it (see `warm_start`), else the whitening itself.
         local: the local move whose step size is adapted, or None.
     """
-    dim, dtype = starts.shape[1], starts.dtype
+    searched = isinstance(precondition, str)
+    check = _check(target, local, searched)
+    if not searched:
+        assert not isinstance(precondition, str)
+        return _judged(run_stages([_given(precondition), check], key, starts, scouts))[0]
+    refined = precondition == "refined"
+    first = warm_start(target, order, refined)
+    if refined or target.dim > DENSE or not (not_jax_tracer(key) and not_jax_tracer(starts)):
+        return _judged(run_stages([*first, check], key, starts, scouts))[0]
+    results: list[Any] = []
+    few = warm_start(target, order, num_particles=_FEW_PARTICLES)
+    warm, outside = _judged(run_stages([*few, check], key, starts, scouts, results=results))
+    if bool(warm.usable()) and float(warm.drift) == 0.0 and not bool(outside):
+        return warm
+    # what was fitted stays; particles start anew
+    keys, *seen = results[_SOUGHT]
+    keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
+    more, _ = _judged(run_stages([*first[_SOUGHT + 1 :], check], keys, *seen))
+    return more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
+
+
+def _judged(found: tuple[Any, ...]) -> tuple[WarmStart, Bool[Array, ""]]:
+    """Name what `_check` returned."""
+    return WarmStart(*found[:-1]), found[-1]
+
+
+def _given(precondition: tuple[Any, Any] | None) -> Stage:
+    """Make the stage that takes a whitening as it is."""
 
     def given(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]):  # type: ignore[no-untyped-def]
-        assert not isinstance(precondition, str)
+        dim, dtype = starts.shape[1], starts.dtype
         loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
         whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
         key_points, key = jax.random.split(key)
         points = jax.vmap(normal(dim).sample)(jax.random.split(key_points, _NUM_ADAPTING))
         return whitening, normal(dim), points, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
 
+    return given
+
+
+def _check(target: Target, local: LocalMove | None, searched: bool) -> Stage:
+    """Make the stage that judges what was found, by fresh draws and by the particles."""
+
     def check(whitening, reference, points, gradients, drift, key):  # type: ignore[no-untyped-def]
+        dtype = points.dtype
         key_check, key_adapt = jax.random.split(key)
         white = whiten(target, whitening)
+
+        def weight(u: Float[Array, " d"]) -> Float[Array, ""]:
+            return white.logdensity_fn(u) - reference.log_prob(u)
+
         draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
-        log_weight = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(draws)
+        log_weight = jax.vmap(weight)(draws)
         step_size = None
         if local is not None:
             step_size = local.adapt(
@@ -71,12 +117,14 @@ def find_start(
             ).astype(dtype)
         log_weight = clean(log_weight)
         # neighbours among tempered particles descend from one another: take them evenly spaced
-        kept = points[:: max(1, len(points) // _NUM_KEPT)] if isinstance(precondition, str) else None
+        kept = points[:: max(1, len(points) // _NUM_KEPT)] if searched else None
         fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, tail_index))
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
-        return whitening, reference, kept, fraction, khat, drift, step_size, gradients
+        outside = jnp.zeros((), bool)
+        if kept is not None:
+            # over the target the mean of w / Z is one over the effective fraction, where nothing is missing
+            excess = clean(jax.vmap(weight)(kept)) - log_evidence(log_weight)[0]
+            outside = ~(jnp.mean(jnp.exp(excess)) * fraction < _MOST_OUTSIDE)
+        return whitening, reference, kept, fraction, khat, drift, step_size, gradients, outside
 
-    stages = [given]
-    if isinstance(precondition, str):
-        stages = warm_start(target, order, precondition == "refined")
-    return WarmStart(*run_stages([*stages, check], key, starts, scouts))
+    return check

@@ -49,19 +49,19 @@ from numpyro_sbtm.moves import (
 )
 from numpyro_sbtm.stages import Stage
 
-__all__ = ["tempered_particles", "warm_start"]
+__all__ = ["DENSE", "NUM_PARTICLES", "tempered_particles", "warm_start"]
 
 _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
 _FAR = 20.0  # bound on where scouts lie, in whitened units
-_NUM_PARTICLES = 4096
+NUM_PARTICLES = 4096
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _MAX_TEMPERATURES = 80
 _APART = 3.0  # distance of the particles' mean that shows another mode among them
 _OTHERS = 4  # modes that are left out so
-_DENSE = 128  # dimensions up to which there are matrices
+DENSE = 128  # dimensions up to which there are matrices
 _RANK, _SUBSPACE_STEPS = 16, 20
 _MOVES = 3  # HMC transitions per temperature
 _LAST_ROUNDS = 5  # of moves at the target itself
@@ -71,7 +71,7 @@ _REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC trans
 
 
 def tempered_particles(
-    key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES
+    key: Key, target: Target, base: Mixture, num_particles: int = NUM_PARTICLES
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
@@ -257,7 +257,9 @@ def _belong(z: Float[Array, "n d"]) -> Bool[Array, " n"]:
     return jax.lax.fori_loop(0, _OTHERS, leave_out, near)
 
 
-def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -> list[Stage]:
+def warm_start(
+    target: Target, order: Int[Array, " d"], refined: bool = False, num_particles: int = NUM_PARTICLES
+) -> list[Stage]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -277,6 +279,7 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
         refined: whether a map is fitted to the particles, which move under it and are fitted again; that map
             then has the preference. Up to 128 dimensions. If a particle does not stay finite, all are as
             they were before. A missing mode is put in afterwards, so that the map does not know of it.
+        num_particles: tempered particles, up to 128 dimensions.
 
     Returns:
         Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
@@ -289,10 +292,10 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
     Raises:
         ValueError: for ``refined`` above 128 dimensions.
     """
-    if target.dim > _DENSE:
+    if target.dim > DENSE:
         if refined:
             raise ValueError(
-                f"`precondition` 'refined' fits matrices to particles, up to {_DENSE} dimensions, got "
+                f"`precondition` 'refined' fits matrices to particles, up to {DENSE} dimensions, got "
                 f"{target.dim}. Pass 'auto'."
             )
         return _wide_warm_start(target)
@@ -306,7 +309,7 @@ def warm_start(target: Target, order: Int[Array, " d"], refined: bool = False) -
         return keys, found, first, _covering(jax.vmap(lambda x: invert(first, x)[0])(scouts))
 
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
-        return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base)
+        return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base, num_particles)
 
     def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
         key_refine, key_mixture = jax.random.split(keys[3])
@@ -475,7 +478,7 @@ def _mixture_of_modes(
     key: Key, target: Target, fits: LowRank, modes: Mode, there: Bool[Array, " K"]
 ) -> _Modes:
     """Describe polished modes in coordinates that whiten what they have in common."""
-    n, dim, dtype = _NUM_PARTICLES, target.dim, fits.loc.dtype
+    n, dim, dtype = NUM_PARTICLES, target.dim, fits.loc.dtype
     key_order, key_map, key_mixture = jax.random.split(key, 3)
     place = jax.random.permutation(key_order, n)
     basis = jnp.eye(dim, _RANK, dtype=dtype)
