@@ -532,9 +532,7 @@ class LearnedKernel(MCMCKernel):
             known=self._known,
         )
 
-    def _init_system(
-        self, rng_key: Key, init_params: Any, run: Run, *, several: bool = False
-    ) -> KernelState:
+    def _init_system(self, rng_key: Key, init_params: Any, run: Run, *, several: bool = False) -> KernelState:
         """Make the state of one trained sampler and of the chains that share it."""
         args, kwargs = run.model_args, run.model_kwargs
         chains = () if is_prng_key(rng_key) else (len(rng_key),)
@@ -639,7 +637,7 @@ def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Struct
     """Say what does nothing, for programs that are smaller and faster to compile.
 
     Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals;
-    where they are nearly exact, all training if ``alone``, and local moves if ``local_kernel`` is 'auto'.
+    all training, too, if ``alone``; and where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
     """
     if not not_jax_tracer(warm.khat):
         return Structure(None, True, True, True, False, True)

@@ -118,8 +118,8 @@ _DIFFUSION = """
         look_ahead: 'dis' also evaluates the target's score at a guess of where the path ends: twice the
             gradients, a better bound (see `numpyro_sbtm.core.process.dis`).
         patience: training ends, too, once the variance of the log weights is moderate and has not fallen by a
-            twentieth in so many steps; None: it then takes all of warm-up, also where the warm start is
-            nearly exact.
+            twentieth in so many steps; None: it then takes all of warm-up, also where draws of the warm start
+            are good enough.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
         num_times: at most how many of the T times enter each gradient; all for 'kl'.
@@ -130,8 +130,8 @@ _DIFFUSION = """
 """
 
 _COMMON = """
-        target_acceptance: training ends once proposals that vary as its log weights do would be accepted with
-            this probability; None: once it gains nothing more.
+        target_acceptance: training, where it is needed at all, ends once proposals that vary as its log
+            weights do would be accepted with this probability; None: once it gains nothing more.
         precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
             map by variational inference from several starts; 'refined' then fits it to tempered particles,
             which move and are fitted again (up to 128 dimensions; three million gradients more), for
@@ -163,8 +163,9 @@ _COMMON = """
 class DiffusionKernel(LearnedKernel):
     __doc__ = f"""Learned diffusion of any kind, trained by any divergence, as a NumPyro kernel.
 
-    ``num_warmup`` counts training steps. After warm-up every Metropolis step proposes the end of a fresh path
-    and accepts it with its exact path weight.
+    ``num_warmup`` counts training steps. Where draws of the warm start are good, with an effective fraction
+    above 0.5 and k̂ below 0.7, they are the proposals and nothing is trained. Else every Metropolis step
+    proposes the end of a fresh path and accepts it with its exact path weight.
 
     Args:
 {_MODEL.strip(chr(10))}
@@ -393,8 +394,9 @@ class LogVarianceDISKernel(DiffusionKernel):
 
     A time-reversed diffusion (DIS) with exact Ornstein-Uhlenbeck steps is trained in warm-up by the
     log-variance divergence; ``num_warmup`` counts training steps. After warm-up every Metropolis step
-    proposes the end of a fresh path and accepts it with its exact path weight. It is `DiffusionKernel` with
-    the best pair of process and divergence.
+    proposes the end of a fresh path and accepts it with its exact path weight. Where draws of the warm start
+    are good, with an effective fraction above 0.5 and k̂ below 0.7, they are the proposals and nothing is
+    trained. It is `DiffusionKernel` with the best pair of process and divergence.
 
     Args:
 {_MODEL.strip(chr(10))}
@@ -480,7 +482,8 @@ class SBTMKernel(LearnedKernel):
     In warm-up particles move by ``dx/dt = ∇log π(x) - s(x)`` while a network learns their score s;
     ``num_warmup`` counts training steps, divided evenly between the maps. The maps are kept: after
     warm-up every Metropolis step proposes a fresh point that has passed through all of them, and accepts
-    it with its exact weight.
+    it with its exact weight. Where draws of the warm start are good, with an effective fraction above 0.5 and
+    k̂ below 0.7, they are the proposals and nothing is trained.
 
     Args:
 {_MODEL.strip(chr(10))}

@@ -178,7 +178,9 @@ def test_chains_in_sequence_share_one_search_and_one_training(monkeypatch):
     find_start = adapter.find_start
     monkeypatch.setattr(adapter, "find_start", lambda *args: searches.append(1) or find_start(*args))
     y = np.zeros(2, np.float32)
-    kernel = make("dis", conjugate)
+    kernel = make(
+        "dis", conjugate, precondition=(np.full(1, 3.0), np.eye(1))
+    )  # so far off that it must learn
     mcmc = run(kernel, y, num_chains=3, chain_method="sequential")
     assert len(searches) == 1
     training = mcmc.last_state.training

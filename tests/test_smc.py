@@ -10,7 +10,8 @@ from helpers import KERNELS, assert_within, run_chains, shaken, two_modes
 from test_exactness import largest_z_score
 
 from numpyro_sbtm import report
-from numpyro_sbtm.core import sbtm, simulate
+from numpyro_sbtm.core import importance, sbtm, simulate
+from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.smc import independent_ensemble, path_ensemble
 from numpyro_sbtm.networks import score_mlp
 
@@ -38,8 +39,25 @@ def flows(target):
     )
 
 
+def mixtures(target):
+    algorithm = importance(target, normal(2, 2.5), smc_particles=8)
+    return algorithm.ensemble, (), lambda key, n: algorithm.draw(key, (), n).log_weight
+
+
+def test_a_draw_of_a_mixture_weighs_what_its_point_weighs():
+    target = two_modes()
+    algorithm = importance(target, normal(2, 2.5))
+    draws = algorithm.draw(jax.random.key(0), (), 4000)
+    again = jax.vmap(lambda x: algorithm.weigh(jax.random.key(1), (), x))(draws.x)
+    np.testing.assert_allclose(draws.log_weight, again, atol=1e-5)
+    np.testing.assert_allclose(draws.logdensity, jax.vmap(target.logdensity_fn)(draws.x), atol=1e-5)
+    weight = np.exp(np.asarray(draws.log_weight, float))
+    assert_within(weight.mean(), 1.0, weight.std() / np.sqrt(4000))
+    assert algorithm.ensemble is None and bool(algorithm.step(jax.random.key(2), ())[1].finished)
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("make", [paths, flows])
+@pytest.mark.parametrize("make", [paths, flows, mixtures])
 def test_weights_of_ensembles_are_unbiased_both_ways(make):
     target, n = two_modes(), 3000
     ensemble, state, single = make(target)

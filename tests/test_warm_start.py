@@ -20,6 +20,8 @@ from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.stages import run_stages
+from numpyro_sbtm.start import _check, find_start
+from numpyro_sbtm.state import WarmStart
 from numpyro_sbtm.targets import gaussian
 from numpyro_sbtm.warm_start import tempered_particles, warm_start
 
@@ -303,6 +305,57 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess, refined
     assert float(ess_fraction(log_weight)) > least_ess
     assert_within(found, log_z, se + 1e-4)
     assert jnp.all(jnp.isfinite(particles))
+
+
+def judged(target, whitening, reference, points, seed=0):
+    """What a check says of a mixture of one component, and of particles."""
+    zero = jnp.zeros(())
+    found = run_stages(
+        [_check(target, None, True)], whitening, reference, points, zero, zero, jax.random.key(seed)
+    )
+    return WarmStart(*found[:-1]), bool(found[-1])
+
+
+def test_particles_where_nothing_is_drawn_are_seen():
+    target = Target(lambda x: jnp.logaddexp(*(-0.5 * jnp.sum((x - c) ** 2) for c in (0.0, 8.0))), 2)
+    plain = affine(jnp.zeros(2), jnp.eye(2))
+    own = jax.random.normal(jax.random.key(0), (512, 2))
+    warm, outside = judged(target, plain, normal(2), own)
+    assert not outside and warm.ess_fraction > 0.99
+    # fresh draws are as good as before: one particle of the other mode says what is missing
+    warm, outside = judged(target, plain, normal(2), own.at[100].set(8.0))
+    assert outside and warm.ess_fraction > 0.99
+    # a heavy tail is no mode: draws and particles agree on it
+    tail = Target(lambda x: -0.5 * jnp.sum(x**2) / 1.15**2, 2)
+    warm, outside = judged(tail, plain, normal(2), 1.15 * own)
+    assert not outside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("density", "dim", "log_z", "least_ess", "few"),
+    [
+        pytest.param(narrow_and_wide, 8, 0.0, 0.3, None, id="narrow"),
+        pytest.param(ring, 2, RING_LOG_Z, 0.5, None, id="ring"),
+        pytest.param(lambda x: -jnp.sum((x**2 - 4.0) ** 2), 12, 12 * -0.10821, 0.5, None, id="wells"),
+        pytest.param(correlated().logdensity_fn, 2, 0.0, 0.95, True, id="normal"),
+    ],
+)
+def test_a_first_look_ends_the_search_only_where_it_saw_everything(density, dim, log_z, least_ess, few, seed):
+    target = Target(density, dim)
+    scouts = 4.0 * jax.random.normal(jax.random.key(seed), (128, dim))
+    warm = find_start(
+        jax.random.key(seed), target, scouts[:8], scouts, jnp.arange(dim), "auto", local_move("hmc")
+    )
+    white = whiten(target, warm.whitening)
+    u = jax.vmap(warm.reference.sample)(jax.random.split(jax.random.key(seed + 100), 8000))
+    log_weight = jax.vmap(white.logdensity_fn)(u) - jax.vmap(warm.reference.log_prob)(u)
+    found, se = log_evidence(clean(log_weight))
+    assert float(ess_fraction(clean(log_weight))) > least_ess
+    assert_within(found, log_z, se + 1e-4)
+    if few is not None:
+        assert (len(warm.points) == 512) is few
 
 
 @pytest.mark.slow
