@@ -29,7 +29,7 @@ from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moment
 from numpyro_sbtm.periodic import wrap
 from numpyro_sbtm.psis import NEARLY_EQUAL
 from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
-from numpyro_sbtm.start import Precondition, find_start
+from numpyro_sbtm.start import Precondition, find_start, with_step_size
 from numpyro_sbtm.state import UNBATCHED, KernelState, Proposals, Training, WarmStart
 
 __all__ = ["LearnedKernel", "absolute"]
@@ -539,8 +539,8 @@ class LearnedKernel(MCMCKernel):
         over = jax.vmap if chains else lambda function: function
         split = over(jax.random.split)(rng_key)
         key_system, keys = (over(lambda own, k=k: own[k])(split) for k in range(2))
-        key_problem, key_guide, key_start, key_train = jax.random.split(
-            key_system[0] if chains else key_system, 4
+        key_problem, key_guide, key_start, key_local, key_train = jax.random.split(
+            key_system[0] if chains else key_system, 5
         )
         problem = self._make_problem(key_problem, init_params, args, kwargs, chains[0] if chains else 1)
         self._remember(problem, args, kwargs)
@@ -560,13 +560,14 @@ class LearnedKernel(MCMCKernel):
             target = chain.target(jnp.asarray(problem.offset), args, kwargs)
             precondition = self._whitening(key_guide, problem, args, kwargs)
             order = jnp.asarray(problem.order)
-            warm = find_start(
-                key_start, target, problem.starts, problem.scouts, order, precondition, chain.local
-            )
+            warm = find_start(key_start, target, problem.starts, problem.scouts, order, precondition)
             # chains with samplers of their own all train, if any does
             alone = self._shortens and (self._shared or not several)
             run.structure = run.structure or _structure(warm, self._local_kernel, alone)
             warm = _simplified(warm, run.structure)
+            if chain.local is not None:
+                # moves that are made for other data only need no better one
+                warm = with_step_size(key_local, target, warm, chain.local, adapted=not run.structure.still)
         else:
             warm = run.training.warm
         assert run.structure is not None
@@ -636,8 +637,8 @@ def absolute(log_weight: Any, state: KernelState) -> Any:
 def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Structure:
     """Say what does nothing, for programs that are smaller and faster to compile.
 
-    Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals;
-    all training, too, if ``alone``; and where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
+    Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals,
+    and all training if ``alone``; where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
     """
     if not not_jax_tracer(warm.khat):
         return Structure(None, True, True, True, False, True)

@@ -287,7 +287,7 @@ class LearnedChain:
             size = step_size * jnp.where(foreign, shorter, 1.0)
             white = self._white(training, args, kwargs)
             whitening = training.warm.whitening
-            u, value, _ = local.step(key_move, white.logdensity_fn, invert(whitening, x)[0], size)
+            u, value, *_ = local.step(key_move, white.logdensity_fn, invert(whitening, x)[0], size)
             weigh = lambda sampler: sampler.weigh(key_weight, training.algorithm, u)  # noqa: E731
             fresh = self._with_sampler(training, args, kwargs, weigh)
             moved, log_det = unwhiten(whitening, u)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.target import Key, LogDensity
 from numpyro_sbtm.lazy import load
@@ -24,12 +24,13 @@ class LocalMove(NamedTuple):
     """A Markov kernel that leaves any density on R^d invariant, and the choice of its step size.
 
     Attributes:
-        adapt: ``(key, logdensity_fn, points [m, d]) -> step size``; the points move along.
-        step: ``(key, logdensity_fn, u [d], step size) -> (u [d], log density, acceptance probability)``.
+        adapt: ``(key, logdensity_fn, points [m, d]) -> (step size, gradients spent)``; the points move along.
+        step: ``(key, logdensity_fn, u [d], step size) -> (u [d], log density, acceptance probability,
+            gradients spent)``.
     """
 
-    adapt: Callable[[Key, LogDensity, Float[Array, "m d"]], Float[Array, ""]]
-    step: Callable[..., tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""]]]
+    adapt: Callable[[Key, LogDensity, Float[Array, "m d"]], tuple[Float[Array, ""], Int[Array, ""]]]
+    step: Callable[..., tuple[Float[Array, " d"], Float[Array, ""], Float[Array, ""], Int[Array, ""]]]
 
 
 def local_move(name: str) -> LocalMove:
@@ -41,10 +42,10 @@ def local_move(name: str) -> LocalMove:
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.local import local_move
-        >>> u, _, probability = local_move("hmc").step(
+        >>> u, _, probability, gradients = local_move("hmc").step(
         ...     jax.random.key(0), lambda u: -0.5 * jnp.sum(u**2), jnp.zeros(2), 0.1)
-        >>> u.shape, float(probability) > 0.9
-        ((2,), True)
+        >>> u.shape, float(probability) > 0.9, int(gradients)
+        ((2,), True, 9)
     """
     hmc = load("blackjax.mcmc.hmc")
     if name == "nuts":
@@ -61,24 +62,30 @@ def local_move(name: str) -> LocalMove:
         state, info = kernel(
             key_move, hmc.init(u, logdensity_fn), logdensity_fn, factor * step_size, jnp.ones_like(u), *extra
         )
-        return state.position, state.logdensity, info.acceptance_rate
+        # one more where it starts
+        gradients = jnp.asarray(info.num_integration_steps + 1, jnp.int32)
+        return state.position, state.logdensity, info.acceptance_rate, gradients
 
-    def adapt(key: Key, logdensity_fn: LogDensity, points: Float[Array, "m d"]) -> Float[Array, ""]:
+    def adapt(
+        key: Key, logdensity_fn: LogDensity, points: Float[Array, "m d"]
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         def advance(carry, inputs):  # type: ignore[no-untyped-def]
-            points, log_step, average = carry
+            points, log_step, average, spent = carry
             k, key_k = inputs
             keys = jax.random.split(key_k, len(points))
-            moved, _, probability = jax.vmap(lambda key, u: step(key, logdensity_fn, u, jnp.exp(log_step)))(
-                keys, points
-            )
+            moved, _, probability, gradients = jax.vmap(
+                lambda key, u: step(key, logdensity_fn, u, jnp.exp(log_step))
+            )(keys, points)
             probability = jnp.mean(jnp.nan_to_num(probability))
             log_step += (probability - _TARGET_ACCEPTANCE[name]) / (0.3 + 0.05 * k)
             rate = 10.0 / (10.0 + k)
-            return (moved, log_step, average + rate * (log_step - average)), None
+            average += rate * (log_step - average)
+            return (moved, log_step, average, spent + jnp.sum(gradients, dtype=spent.dtype)), None
 
         start = jnp.asarray(jnp.log(0.5 / points.shape[1] ** 0.25), points.dtype)
         steps = jnp.arange(_ADAPTATION, dtype=points.dtype), jax.random.split(key, _ADAPTATION)
-        (_, _, log_step), _ = jax.lax.scan(advance, (points, start, start), steps)
-        return jnp.exp(log_step)
+        carry = points, start, start, jnp.zeros((), jnp.int32)
+        (_, _, log_step, gradients), _ = jax.lax.scan(advance, carry, steps)
+        return jnp.exp(log_step), gradients
 
     return LocalMove(adapt, step)

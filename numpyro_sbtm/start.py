@@ -9,23 +9,24 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.mixture import normal
-from numpyro_sbtm.core.target import Key, Target, after
+from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import affine, whiten
 from numpyro_sbtm.local import LocalMove
+from numpyro_sbtm.moves import first_step_size
 from numpyro_sbtm.psis import tail_index
 from numpyro_sbtm.stages import Stage, run_stages
 from numpyro_sbtm.state import WarmStart
 from numpyro_sbtm.warm_start import DENSE, warm_start
 
-__all__ = ["Precondition", "find_start"]
+__all__ = ["Precondition", "find_start", "with_step_size"]
 
 Precondition = str | tuple[Any, Any] | None
 """'auto', 'refined', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
 
 _NUM_CHECKED = 1024  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
-_NUM_ADAPTING = 128  # points that choose the step size of local moves
+_NUM_ADAPTING = 32  # points that choose the step size of local moves
 _FEW_PARTICLES = 512  # of the first look
 _SOUGHT = 1  # number of the stage after which particles start
 _MOST_OUTSIDE = 2.0  # times the mean weight at particles may be what fresh draws make expect
@@ -38,7 +39,6 @@ def find_start(
     scouts: Float[Array, "m d"],
     order: Int[Array, " d"],
     precondition: Precondition,
-    local: LocalMove | None,
 ) -> WarmStart:
     """Look for the posterior, or take what is given, and judge draws from there.
 
@@ -53,10 +53,12 @@ def find_start(
         scouts: points that lie as widely as the posterior may, shape ``[m, d]``.
         order: the coordinates, hyperparameters first, shape ``[d]``.
         precondition: 'auto' or 'refined' to look for it (see `warm_start`), else the whitening itself.
-        local: the local move whose step size is adapted, or None.
+
+    Returns:
+        The warm start, without a step size.
     """
     searched = isinstance(precondition, str)
-    check = _check(target, local, searched)
+    check = _check(target, searched)
     if not searched:
         assert not isinstance(precondition, str)
         return _judged(run_stages([_given(precondition), check], key, starts, scouts))[0]
@@ -76,9 +78,29 @@ def find_start(
     return more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
 
 
+def with_step_size(
+    key: Key, target: Target, warm: WarmStart, local: LocalMove, adapted: bool = True
+) -> WarmStart:
+    """Choose the step size of local moves; without adapting it, one that suits N(0, I)."""
+    if not adapted:
+        return warm._replace(step_size=first_step_size(warm.reference.centre))
+
+    def adapt(key: Key, warm: WarmStart) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        key_points, key_adapt = jax.random.split(key)
+        if warm.points is None:
+            points = jax.vmap(warm.reference.sample)(jax.random.split(key_points, _NUM_ADAPTING))
+        else:
+            points = warm.points[:: max(1, len(warm.points) // _NUM_ADAPTING)]
+        return local.adapt(key_adapt, whiten(target, warm.whitening).logdensity_fn, points)
+
+    step_size, gradients = run_stages([adapt], key, warm)
+    return warm._replace(step_size=step_size, gradients=warm.gradients + gradients)
+
+
 def _judged(found: tuple[Any, ...]) -> tuple[WarmStart, Bool[Array, ""]]:
     """Name what `_check` returned."""
-    return WarmStart(*found[:-1]), found[-1]
+    whitening, reference, points, fraction, khat, drift, gradients, outside = found
+    return WarmStart(whitening, reference, points, fraction, khat, drift, None, gradients), outside
 
 
 def _given(precondition: tuple[Any, Any] | None) -> Stage:
@@ -88,34 +110,24 @@ def _given(precondition: tuple[Any, Any] | None) -> Stage:
         dim, dtype = starts.shape[1], starts.dtype
         loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
         whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
-        key_points, key = jax.random.split(key)
-        points = jax.vmap(normal(dim).sample)(jax.random.split(key_points, _NUM_ADAPTING))
-        return whitening, normal(dim), points, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
+        none = jnp.zeros((0, dim), dtype)
+        return whitening, normal(dim), none, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
 
     return given
 
 
-def _check(target: Target, local: LocalMove | None, searched: bool) -> Stage:
+def _check(target: Target, searched: bool) -> Stage:
     """Make the stage that judges what was found, by fresh draws and by the particles."""
 
     def check(whitening, reference, points, gradients, drift, key):  # type: ignore[no-untyped-def]
         dtype = points.dtype
-        key_check, key_adapt = jax.random.split(key)
         white = whiten(target, whitening)
 
         def weight(u: Float[Array, " d"]) -> Float[Array, ""]:
             return white.logdensity_fn(u) - reference.log_prob(u)
 
-        draws = jax.vmap(reference.sample)(jax.random.split(key_check, _NUM_CHECKED))
-        log_weight = jax.vmap(weight)(draws)
-        step_size = None
-        if local is not None:
-            step_size = local.adapt(
-                after(key_adapt, log_weight),
-                white.logdensity_fn,
-                points[:: max(1, len(points) // _NUM_ADAPTING)],
-            ).astype(dtype)
-        log_weight = clean(log_weight)
+        draws = jax.vmap(reference.sample)(jax.random.split(key, _NUM_CHECKED))
+        log_weight = clean(jax.vmap(weight)(draws))
         # neighbours among tempered particles descend from one another: take them evenly spaced
         kept = points[:: max(1, len(points) // _NUM_KEPT)] if searched else None
         fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, tail_index))
@@ -123,8 +135,8 @@ def _check(target: Target, local: LocalMove | None, searched: bool) -> Stage:
         outside = jnp.zeros((), bool)
         if kept is not None:
             # over the target the mean of w / Z is one over the effective fraction, where nothing is missing
-            excess = clean(jax.vmap(weight)(kept)) - log_evidence(log_weight)[0]
+            excess = jnp.nan_to_num(jax.vmap(weight)(kept), nan=-jnp.inf) - log_evidence(log_weight)[0]
             outside = ~(jnp.mean(jnp.exp(excess)) * fraction < _MOST_OUTSIDE)
-        return whitening, reference, kept, fraction, khat, drift, step_size, gradients, outside
+        return whitening, reference, kept, fraction, khat, drift, gradients, outside
 
     return check

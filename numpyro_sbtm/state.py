@@ -24,7 +24,7 @@ class WarmStart(NamedTuple):
         ess_fraction: effective sample fraction of draws from it.
         khat: Pareto k̂ of their weights.
         drift: by what part a variance of tempered particles still changed, at least, shape ``[]``.
-        step_size: of local moves; None where there are none, shape ``[]``.
+        step_size: of local moves, in whitened units; None where there are none, shape ``[]``.
         gradients: target gradients spent.
     """
 

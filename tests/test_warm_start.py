@@ -20,8 +20,7 @@ from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.stages import run_stages
-from numpyro_sbtm.start import _check, find_start
-from numpyro_sbtm.state import WarmStart
+from numpyro_sbtm.start import _check, _judged, find_start
 from numpyro_sbtm.targets import gaussian
 from numpyro_sbtm.warm_start import tempered_particles, warm_start
 
@@ -310,10 +309,9 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess, refined
 def judged(target, whitening, reference, points, seed=0):
     """What a check says of a mixture of one component, and of particles."""
     zero = jnp.zeros(())
-    found = run_stages(
-        [_check(target, None, True)], whitening, reference, points, zero, zero, jax.random.key(seed)
-    )
-    return WarmStart(*found[:-1]), bool(found[-1])
+    found = run_stages([_check(target, True)], whitening, reference, points, zero, zero, jax.random.key(seed))
+    warm, outside = _judged(found)
+    return warm, bool(outside)
 
 
 def test_particles_where_nothing_is_drawn_are_seen():
@@ -345,9 +343,7 @@ def test_particles_where_nothing_is_drawn_are_seen():
 def test_a_first_look_ends_the_search_only_where_it_saw_everything(density, dim, log_z, least_ess, few, seed):
     target = Target(density, dim)
     scouts = 4.0 * jax.random.normal(jax.random.key(seed), (128, dim))
-    warm = find_start(
-        jax.random.key(seed), target, scouts[:8], scouts, jnp.arange(dim), "auto", local_move("hmc")
-    )
+    warm = find_start(jax.random.key(seed), target, scouts[:8], scouts, jnp.arange(dim), "auto")
     white = whiten(target, warm.whitening)
     u = jax.vmap(warm.reference.sample)(jax.random.split(jax.random.key(seed + 100), 8000))
     log_weight = jax.vmap(white.logdensity_fn)(u) - jax.vmap(warm.reference.log_prob)(u)
@@ -424,10 +420,11 @@ def test_refinement_leaves_particles_that_do_not_stay_finite():
 def test_local_moves_leave_the_target_alone(name):
     target, move = two_modes(), local_move(name)
     draws = target.sample(jax.random.key(0), 20_000)
-    step_size = jax.jit(lambda: move.adapt(jax.random.key(1), target.logdensity_fn, draws[:64]))()
+    step_size, _ = jax.jit(lambda: move.adapt(jax.random.key(1), target.logdensity_fn, draws[:64]))()
     keys = jax.random.split(jax.random.key(2), len(draws))
     run = jax.jit(jax.vmap(lambda key, x: move.step(key, target.logdensity_fn, x, step_size)))
-    moved, value, probability = run(keys, draws)
+    moved, value, probability, gradients = run(keys, draws)
+    assert gradients.min() >= 2 and (name != "hmc" or gradients.max() == 9)
     assert 0.4 < float(jnp.mean(probability)) < 0.97
     assert float(jnp.mean(jnp.abs(moved - draws))) > 0.1
     np.testing.assert_allclose(value, jax.vmap(target.logdensity_fn)(moved), rtol=1e-9)
