@@ -34,15 +34,20 @@ def training_curve(ax: "Axes", loss: Float[np.ndarray, " n"], *, window: int = 2
 
     Args:
         ax: matplotlib axes.
-        loss: one value a warm-up step, shape ``[n]``; NaN where a step trained nothing.
+        loss: one value a warm-up step, shape ``[n]``; NaN where a step trained nothing. Without any, the
+            picture says that nothing was trained.
         window: steps in the running mean.
     """
     loss = loss[np.isfinite(loss)]
+    if not loss.size:
+        ax.text(0.5, 0.5, "nothing was trained", ha="center", va="center", transform=ax.transAxes)
+        ax.set(xticks=[], yticks=[], title="Training")
+        return
     ax.plot(loss, lw=0.5, alpha=0.5)
     if loss.size > window:
         mean = np.convolve(loss, np.ones(window) / window, "valid")
         ax.plot(np.arange(window - 1, loss.size), mean, lw=1.5)
-    if loss.size and loss.min() > 0:
+    if loss.min() > 0:
         ax.set_yscale("log")
     ax.set(xlabel="warm-up step", ylabel="training loss", title="Training")
 

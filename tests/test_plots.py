@@ -27,6 +27,11 @@ def test_training_curve_leaves_out_steps_that_trained_nothing(ax):
     np.testing.assert_allclose(mean.get_ydata()[-1], loss[30:50].mean())
 
 
+def test_without_training_the_picture_says_so(ax):
+    plots.training_curve(ax, np.full(10, np.nan))
+    assert not ax.lines and [text.get_text() for text in ax.texts] == ["nothing was trained"]
+
+
 def test_log_weights_survive_non_finite_ones(ax):
     plots.log_weights(ax, np.array([0.0, 1.0, 2.0, np.nan, -np.inf]), 1.5)
     assert sum(patch.get_height() * patch.get_width() for patch in ax.patches) == pytest.approx(1.0)
