@@ -89,6 +89,7 @@ def _plain(process, divergence, **options):
         precondition=None,
         local_kernel=None,
         smc_particles=0,
+        always_train=True,
         **options,
     )
 
@@ -113,6 +114,7 @@ _FINE = {
     "num_times": 64,
     "target_acceptance": None,
     "patience": None,
+    "always_train": True,
     "steps_per_draw": 1,
     "local_kernel": None,
     "smc_particles": 0,

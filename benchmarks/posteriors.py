@@ -119,9 +119,13 @@ def nuts(problem, seed):
     return x, row | {"draw_gradients": int(mcmc.get_extra_fields()["num_steps"].sum())}
 
 
-def _learned(problem, kernel, num_warmup, per_draw, seed):
+def _learned(problem, kernel, num_warmup, per_proposal, seed):
     mcmc, x, row = _chains(problem, kernel, num_warmup, seed)
-    found = report(mcmc)
+    found, training = report(mcmc), mcmc.last_state.training
+    # a mixture's draws are one evaluation each where nothing was trained
+    each = 1 if training.algorithm is None else per_proposal
+    # four proposals; a local move of nine, and the weight of where it ends
+    per_draw = 4 * each + (0 if training.local_moves is None else 9 + each)
     return x, row | {
         "warmup_gradients": found.gradients,
         "draw_gradients": per_draw * NUM_CHAINS * NUM_DRAWS,
@@ -132,13 +136,12 @@ def _learned(problem, kernel, num_warmup, per_draw, seed):
 
 
 def dis(problem, seed):
-    # a path calls the target 33 times: four proposals, a local move of nine, and a path for its weight
-    return _learned(problem, LogVarianceDISKernel(problem.model), 2000, 4 * 33 + 9 + 33, seed)
+    # a path calls the target 33 times
+    return _learned(problem, LogVarianceDISKernel(problem.model), 2000, 33, seed)
 
 
 def sbtm(problem, seed):
-    # four proposals, a local move of nine, and its weight
-    return _learned(problem, SBTMKernel(problem.model), 300, 4 + 9 + 1, seed)
+    return _learned(problem, SBTMKernel(problem.model), 300, 1, seed)
 
 
 def smc(problem, seed):

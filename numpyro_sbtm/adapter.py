@@ -171,6 +171,7 @@ class LearnedKernel(MCMCKernel):
         *,
         target_acceptance: float | None,
         precondition: Precondition | AutoGuide,
+        always_train: bool,
         correction: str | None,
         shared: bool,
         block_size: int,
@@ -188,6 +189,7 @@ class LearnedKernel(MCMCKernel):
         acceptance = optional(probability, "target_acceptance", target_acceptance)
         self._goal = 0.0 if acceptance is None else log_variance_at(acceptance)
         self._precondition = precondition
+        self._always_train = flag("always_train", always_train)
         self._correction = one_of("correction", correction, ("metropolis", None))
         self._shared = flag("shared", shared)
         self._block_size = whole("block_size", block_size)
@@ -562,7 +564,7 @@ class LearnedKernel(MCMCKernel):
             order = jnp.asarray(problem.order)
             warm = find_start(key_start, target, problem.starts, problem.scouts, order, precondition)
             # chains with samplers of their own all train, if any does
-            alone = self._shortens and (self._shared or not several)
+            alone = not self._always_train and not several
             run.structure = run.structure or _structure(warm, self._local_kernel, alone)
             warm = _simplified(warm, run.structure)
             if chain.local is not None:

@@ -118,8 +118,7 @@ _DIFFUSION = """
         look_ahead: 'dis' also evaluates the target's score at a guess of where the path ends: twice the
             gradients, a better bound (see `numpyro_sbtm.core.process.dis`).
         patience: training ends, too, once the variance of the log weights is moderate and has not fallen by a
-            twentieth in so many steps; None: it then takes all of warm-up, also where draws of the warm start
-            are good enough.
+            twentieth in so many steps; None: it then takes all of warm-up.
         num_steps: steps of the diffusion, T.
         num_paths: paths simulated per training step.
         num_times: at most how many of the T times enter each gradient; all for 'kl'.
@@ -139,6 +138,8 @@ _COMMON = """
             unconstrained space, sites in sorted order; an AutoGuide of the model is fitted
             by stochastic variational inference and gives its draws' mean and covariance; None leaves the
             space as it is.
+        always_train: train also where draws of the warm start are good enough as proposals, with an effective
+            fraction above 0.5 and k̂ below 0.7.
         correction: 'metropolis' makes draws by Metropolis steps, so that the chains leave the
             posterior invariant, however well or badly the sampler is trained. None returns raw draws.
         shared: whether chains of ``chain_method="vectorized"`` share one trained sampler; False trains
@@ -235,6 +236,7 @@ class DiffusionKernel(LearnedKernel):
         scale: float = 1.0,
         target_acceptance: float | None = 0.9,
         precondition: Precondition | AutoGuide = "auto",
+        always_train: bool = False,
         correction: str | None = "metropolis",
         shared: bool = True,
         block_size: int = 4096,
@@ -249,6 +251,7 @@ class DiffusionKernel(LearnedKernel):
             potential_fn,
             target_acceptance=target_acceptance,
             precondition=precondition,
+            always_train=always_train,
             correction=correction,
             shared=shared,
             block_size=block_size,
@@ -441,6 +444,7 @@ class LogVarianceDISKernel(DiffusionKernel):
         scale: float = 1.0,
         target_acceptance: float | None = 0.9,
         precondition: Precondition | AutoGuide = "auto",
+        always_train: bool = False,
         correction: str | None = "metropolis",
         shared: bool = True,
         block_size: int = 4096,
@@ -465,6 +469,7 @@ class LogVarianceDISKernel(DiffusionKernel):
             scale=scale,
             target_acceptance=target_acceptance,
             precondition=precondition,
+            always_train=always_train,
             correction=correction,
             shared=shared,
             block_size=block_size,
@@ -550,6 +555,7 @@ class SBTMKernel(LearnedKernel):
         annealing: str | None = None,
         target_acceptance: float | None = None,
         precondition: Precondition | AutoGuide = "auto",
+        always_train: bool = False,
         correction: str | None = "metropolis",
         shared: bool = True,
         block_size: int = 4096,
@@ -564,6 +570,7 @@ class SBTMKernel(LearnedKernel):
             potential_fn,
             target_acceptance=target_acceptance,
             precondition=precondition,
+            always_train=always_train,
             correction=correction,
             shared=shared,
             block_size=block_size,

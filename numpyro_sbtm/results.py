@@ -265,6 +265,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         corrected=kernel.correction is not None,
         ensemble=_any(state.training.ensemble),
         searched=state.training.warm.points is not None,
+        trained=state.training.algorithm is not None,
         other_data=_other_data(state),
         chains=_chains(mcmc),
         acceptance=float(np.min(np.asarray(state.mean_accept_prob))),

@@ -35,6 +35,7 @@ _FLOOR_OF_DRAWS = (0.1, 0.5)
 _CEILING = (0.5, 2.0)
 
 _LONGER = "train longer (`num_warmup`), or pass a wider `precondition`"
+_TRAIN = "train, although draws of the warm start looked good enough (`always_train=True`)"
 
 
 class Measured(NamedTuple):
@@ -44,6 +45,7 @@ class Measured(NamedTuple):
         corrected: whether a Metropolis step corrected the proposals.
         ensemble: whether each proposal was chosen among several.
         searched: whether something looked for modes.
+        trained: whether anything was trained.
         other_data: whether the sampler was trained for other data.
         chains: what the chains say about themselves.
         acceptance: mean acceptance probability of the worst chain.
@@ -58,6 +60,7 @@ class Measured(NamedTuple):
     corrected: bool
     ensemble: bool
     searched: bool
+    trained: bool
     other_data: bool
     chains: Convergence
     acceptance: float
@@ -209,14 +212,14 @@ def checks(measured: Measured) -> list[Check]:
 
 
 def _of_chains(measured: Measured) -> list[Check]:
-    chains = measured.chains
+    chains, longer = measured.chains, _LONGER if measured.trained else _TRAIN
     names = ", ".join(map(repr, chains.frozen))
     undefined = ", ".join(map(repr, chains.undefined))
     found = [
         Check(
             "sites that never move",
             len(chains.frozen),
-            f"frozen: {names} never moves in some chain: {_LONGER}; check options such as `learning_rate`",
+            f"frozen: {names} never moves in some chain: {longer}; check options such as `learning_rate`",
             (0.0, 0.0),
             form=".0f",
         ),
@@ -240,7 +243,7 @@ def _of_chains(measured: Measured) -> list[Check]:
         total = chains.num_chains * chains.num_draws
         first, second = map(min, _EFFECTIVE_DRAWS, (part * total for part in _EFFECTIVE_PART))
         slack = 5.0 / (chains.num_draws // 2)
-        cure = f"draw more samples, or {_LONGER}"
+        cure = f"draw more samples, or {longer}"
         found += [
             Check(
                 "largest R-hat",
@@ -278,7 +281,7 @@ def _of_chains(measured: Measured) -> list[Check]:
         Check(
             "acceptance of the worst chain",
             measured.acceptance,
-            f"low acceptance ({measured.acceptance:.2f}): {_LONGER}",
+            f"low acceptance ({measured.acceptance:.2f}): {longer}",
             _MIN_ACCEPTANCE,
             least=True,
         )
@@ -311,7 +314,8 @@ def _of_proposals(measured: Measured) -> list[Check]:
 
 def _of_evidence(measured: Measured) -> list[Check]:
     forward, error = measured.forward, printed_error(measured)
-    cure = "raise `smc_particles`" if measured.ensemble else _LONGER
+    cure = _LONGER if measured.trained else _TRAIN
+    cure = "raise `smc_particles`" if measured.ensemble else cure
     tail = f"the weights have a heavy tail (k-hat {forward.khat:.2f}): proposals are too narrow; {cure}"
     apart, joint = difference(measured), joint_error(measured)
     if np.isinf(apart):

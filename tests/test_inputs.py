@@ -266,6 +266,7 @@ OPTIONS = [
     option("learning_rate", jnp.asarray(1e-3)),
     option("learning_rate", 1),
     option("shared", np.bool_(False)),
+    option("always_train", True),
     option("patience", None),
     option("coarse_steps", 64),  # more than there are steps: all of them
     option("num_steps", 4),  # fewer than the times and the coarse steps
@@ -305,6 +306,7 @@ OPTIONS = [
     bad("num_paths", 1, ValueError, "`num_paths` must be a whole number from 2 to .*, got 1"),
     bad("num_particles", 2, ValueError, "`num_particles` must be a whole number from 3 to .*, got 2", "sbtm"),
     bad("steps_per_draw", 0, ValueError, "`steps_per_draw` must be a whole number from 1 to .*, got 0"),
+    bad("always_train", None, TypeError, "`always_train` must be True or False, got None"),
     bad("shared", "yes", TypeError, "`shared` must be True or False, got 'yes'"),
     bad("shared", 1, TypeError, "`shared` must be True or False, got 1"),
     bad(

@@ -333,11 +333,14 @@ def test_double_precision_gives_double_draws():
     assert done.stdout.splitlines() == [f"{kind} {{'float64'}}" for kind in KINDS for _ in range(2)]
 
 
-@pytest.mark.parametrize(("patience", "steps"), [(100, 0), (None, 40)])
-def test_nothing_is_trained_where_the_warm_start_is_good_unless_it_is_asked_for(patience, steps):
+@pytest.mark.parametrize(
+    ("always", "patience", "steps"), [(False, 100, 0), (True, 100, 10), (True, None, 40)]
+)
+def test_nothing_is_trained_where_the_warm_start_is_good_unless_it_is_asked_for(always, patience, steps):
     kernel = make(
         "dis",
         lambda: numpyro.sample("mu", dist.Normal(0.0, 1.0)),
+        always_train=always,
         patience=patience,
         target_acceptance=None,
     )
@@ -345,5 +348,5 @@ def test_nothing_is_trained_where_the_warm_start_is_good_unless_it_is_asked_for(
     mcmc.run(random.key(0))
     found = report(mcmc)
     assert found.training_steps == steps
-    assert found.gradients == (0 if steps == 0 else 40 * 16 * 5)
+    assert found.gradients == steps * 16 * 5
     assert abs(found.log_evidence) < 1e-3 + 5 * found.log_evidence_se
