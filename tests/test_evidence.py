@@ -30,8 +30,9 @@ def compiled_once(tmp_path):
 
 
 # ------------------------------------------------------------------ regressions
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("dis", marks=pytest.mark.slow), pytest.param("sbtm", marks=pytest.mark.long)]
+)
 def test_bayes_factor_of_nested_regressions(kind):
     problems = [regression(num_slopes) for num_slopes in (2, 3)]
     options = {"warmup": 200, "samples": 100}

@@ -329,7 +329,7 @@ def test_particles_where_nothing_is_drawn_are_seen():
     assert not outside
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("density", "dim", "log_z", "least_ess", "few"),
@@ -449,8 +449,13 @@ def test_label_switching_is_mixed_and_its_evidence_right(kernel):
         assert abs(value - problem.log_evidence) < 0.03
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", [LogVarianceDISKernel, SBTMKernel])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(LogVarianceDISKernel, marks=pytest.mark.slow),
+        pytest.param(SBTMKernel, marks=pytest.mark.long),
+    ],
+)
 def test_a_refined_warm_start_serves_both_kernels(kernel):
     problem = PROBLEMS["eight schools, centred"]()
     warmup = {LogVarianceDISKernel: 500, SBTMKernel: 300}[kernel]
