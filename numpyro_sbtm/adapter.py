@@ -563,8 +563,9 @@ class LearnedKernel(MCMCKernel):
             precondition = self._whitening(key_guide, problem, args, kwargs)
             order = jnp.asarray(problem.order)
             warm = find_start(key_start, target, problem.starts, problem.scouts, order, precondition)
-            # chains with samplers of their own all train, if any does
-            alone = not self._always_train and not several
+            # states of chains with samplers of their own are stacked: either all are trained or none
+            alone = self._shared or not (several or run.keys is not None)
+            alone = alone and not self._always_train and self._correction is not None
             run.structure = run.structure or _structure(warm, self._local_kernel, alone)
             warm = _simplified(warm, run.structure)
             if chain.local is not None:

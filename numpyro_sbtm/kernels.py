@@ -139,7 +139,8 @@ _COMMON = """
             by stochastic variational inference and gives its draws' mean and covariance; None leaves the
             space as it is.
         always_train: train also where draws of the warm start are good enough as proposals, with an effective
-            fraction above 0.5 and k̂ below 0.7.
+            fraction above 0.5 and k̂ below 0.7. It is always done for raw draws, and for chains with samplers
+            of their own.
         correction: 'metropolis' makes draws by Metropolis steps, so that the chains leave the
             posterior invariant, however well or badly the sampler is trained. None returns raw draws.
         shared: whether chains of ``chain_method="vectorized"`` share one trained sampler; False trains
