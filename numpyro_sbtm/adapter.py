@@ -642,19 +642,22 @@ def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Struct
 
     Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals,
     and all training if ``alone``; where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
+    Where particles have not arrived everywhere, draws of what they show do not see what is missing: then
+    training and moves are needed.
     """
     if not not_jax_tracer(warm.khat):
         return Structure(None, True, True, True, False, True)
     margins, rotation = warm.whitening.margins, warm.reference.rotation
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    still = local_kernel == "auto" and bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
+    arrived = float(warm.drift) == 0.0
+    exact = arrived and bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
     return Structure(
         int(np.sum(np.isfinite(warm.reference.log_weight))),
         margins is not None and bool(np.any(margins.slope != 1.0)),
         rotation is not None and bool(np.any(rotation != np.eye(rotation.shape[-1]))),
         not bool(warm.usable()),
-        still,
-        not (alone and bool(warm.usable())),
+        local_kernel == "auto" and exact,
+        not (alone and arrived and bool(warm.usable())),
     )
 
 

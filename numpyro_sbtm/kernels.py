@@ -138,9 +138,9 @@ _COMMON = """
             unconstrained space, sites in sorted order; an AutoGuide of the model is fitted
             by stochastic variational inference and gives its draws' mean and covariance; None leaves the
             space as it is.
-        always_train: train also where draws of the warm start are good enough as proposals, with an effective
-            fraction above 0.5 and k̂ below 0.7. It is always done for raw draws, and for chains with samplers
-            of their own.
+        always_train: train also where draws of the warm start are good enough as proposals (an effective
+            fraction above 0.5, k̂ below 0.7, particles without drift). Raw draws, and chains with samplers of
+            their own, always are of trained ones.
         correction: 'metropolis' makes draws by Metropolis steps, so that the chains leave the
             posterior invariant, however well or badly the sampler is trained. None returns raw draws.
         shared: whether chains of ``chain_method="vectorized"`` share one trained sampler; False trains
@@ -165,9 +165,9 @@ _COMMON = """
 class DiffusionKernel(LearnedKernel):
     __doc__ = f"""Learned diffusion of any kind, trained by any divergence, as a NumPyro kernel.
 
-    ``num_warmup`` counts training steps. Where draws of the warm start are good, with an effective fraction
-    above 0.5 and k̂ below 0.7, they are the proposals and nothing is trained. Else every Metropolis step
-    proposes the end of a fresh path and accepts it with its exact path weight.
+    ``num_warmup`` counts training steps. After them every Metropolis step proposes the end of a fresh path
+    and accepts it with its exact path weight. Where draws of the warm start are good enough as proposals,
+    nothing is trained (see ``always_train``).
 
     Args:
 {_MODEL.strip(chr(10))}
@@ -399,8 +399,8 @@ class LogVarianceDISKernel(DiffusionKernel):
     A time-reversed diffusion (DIS) with exact Ornstein-Uhlenbeck steps is trained in warm-up by the
     log-variance divergence; ``num_warmup`` counts training steps. After warm-up every Metropolis step
     proposes the end of a fresh path and accepts it with its exact path weight. Where draws of the warm start
-    are good, with an effective fraction above 0.5 and k̂ below 0.7, they are the proposals and nothing is
-    trained. It is `DiffusionKernel` with the best pair of process and divergence.
+    are good enough as proposals, nothing is trained (see ``always_train``). It is `DiffusionKernel` with the
+    best pair of process and divergence.
 
     Args:
 {_MODEL.strip(chr(10))}
@@ -488,8 +488,8 @@ class SBTMKernel(LearnedKernel):
     In warm-up particles move by ``dx/dt = ∇log π(x) - s(x)`` while a network learns their score s;
     ``num_warmup`` counts training steps, divided evenly between the maps. The maps are kept: after
     warm-up every Metropolis step proposes a fresh point that has passed through all of them, and accepts
-    it with its exact weight. Where draws of the warm start are good, with an effective fraction above 0.5 and
-    k̂ below 0.7, they are the proposals and nothing is trained.
+    it with its exact weight. Where draws of the warm start are good enough as proposals, nothing is trained
+    (see ``always_train``).
 
     Args:
 {_MODEL.strip(chr(10))}

@@ -85,8 +85,8 @@ class Report:
         improper: sites along which the density does not fall.
         warm_start_ess_fraction: effective sample fraction of draws from the warm start, before training;
             where it is near one, there was nothing to learn.
-        warm_start_khat: Pareto k̂ of their weights. With an effective fraction above 0.5 and k̂ below 0.7
-            nothing is trained.
+        warm_start_khat: Pareto k̂ of their weights. With an effective fraction above 0.5, k̂ below 0.7 and no
+            drift nothing is trained.
         warm_start_drift: by what part at least moves that leave the posterior invariant still changed a
             variance of the warm start's particles; above zero, they had not arrived everywhere.
         training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``;

@@ -35,8 +35,8 @@ def importance(target: Target, proposal: Mixture, smc_particles: int = 0) -> Alg
         >>> from numpyro_sbtm.core.mixture import normal
         >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), 2)
         >>> draws = importance(target, normal(2)).draw(jax.random.key(0), (), 3)
-        >>> draws.log_weight.round(4).tolist()  # log 2 pi
-        [1.8379, 1.8379, 1.8379]
+        >>> [round(w, 3) for w in draws.log_weight.tolist()]  # log 2 pi
+        [1.838, 1.838, 1.838]
     """
 
     def step(key: Key, state: Any) -> tuple[Any, Info]:
