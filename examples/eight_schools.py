@@ -102,14 +102,13 @@ def run(kernel, num_warmup, seed=0, num_chains=4):
 
 
 def picture(ax_row, exact, samples, found):
-    """Draw the posterior of mu and log tau over the exact density, the training and the weights."""
-    left, middle, right = ax_row
+    """Draw the posterior of mu and log tau over the exact density, and the weights."""
+    left, right = ax_row
     levels = exact.log_density.max() - np.array([6.0, 4.0, 2.0, 1.0, 0.3])
     log_tau = np.log(np.asarray(samples["tau"]))
     left.plot(np.asarray(samples["mu"])[::2], log_tau[::2], ".", ms=1.5, alpha=0.5)
     left.contour(exact.mu, exact.log_tau, exact.log_density.T, levels, colors="k", linewidths=0.8)
     left.set(xlim=(-10, 18), ylim=(-4, 4.5), xlabel="mu", ylabel="log tau")
-    plots.training_curve(middle, found.training)
     plots.log_weights(right, found.log_weight, found.log_evidence)
 
 
@@ -123,7 +122,7 @@ def main():
     started = time.perf_counter()
     header = f"{'sampler':<10}{'mu':>14}{'tau':>14}{'theta_1':>14}  {'log evidence':>18}{'accept':>8}"
     header += f"{'first draw':>12}{'1000 draws':>12}{'gradients':>12}"
-    figure, axes = plt.subplots(4, 3, figsize=(11, 12), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(8, 12), layout="constrained")
     rows = iter(axes)
     for model in (noncentred, centred):
         print(f"\n{model.__name__}\n{header}")
