@@ -649,15 +649,14 @@ def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Struct
         return Structure(None, True, True, True, False, True)
     margins, rotation = warm.whitening.margins, warm.reference.rotation
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    arrived = float(warm.drift) == 0.0
-    exact = arrived and bool(warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL))
+    exact = warm.sufficient() & warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL)
     return Structure(
         int(np.sum(np.isfinite(warm.reference.log_weight))),
         margins is not None and bool(np.any(margins.slope != 1.0)),
         rotation is not None and bool(np.any(rotation != np.eye(rotation.shape[-1]))),
         not bool(warm.usable()),
-        local_kernel == "auto" and exact,
-        not (alone and arrived and bool(warm.usable())),
+        local_kernel == "auto" and bool(exact),
+        not (alone and bool(warm.sufficient())),
     )
 
 

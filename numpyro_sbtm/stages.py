@@ -66,11 +66,11 @@ def run_stages(stages: Sequence[Stage], *values: Any, results: list[Any] | None 
         >>> float(run_stages(stages, jnp.arange(4.0))[0])
         1.5
     """
-    kept = [] if results is None else results
     if not all(map(not_jax_tracer, jax.tree.leaves(values))):
         for stage in stages:
             values = stage(*values)
-            kept.append(values)
+            if results is not None:
+                results.append(values)
         return values
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shapes = jax.eval_shape(lambda *values: values, *values)
@@ -81,5 +81,6 @@ def run_stages(stages: Sequence[Stage], *values: Any, results: list[Any] | None 
             programs.append(pool.submit(_compiled, lowered))
         for program in programs:
             values = _call(program.result(), values)
-            kept.append(values)
+            if results is not None:
+                results.append(values)
     return values

@@ -63,18 +63,18 @@ def find_start(
         assert not isinstance(precondition, str)
         return _judged(run_stages([_given(precondition), check], key, starts, scouts))[0]
     refined = precondition == "refined"
-    first = warm_start(target, order, refined)
+    many = warm_start(target, order, refined)
     if refined or target.dim > DENSE or not (not_jax_tracer(key) and not_jax_tracer(starts)):
-        return _judged(run_stages([*first, check], key, starts, scouts))[0]
+        return _judged(run_stages([*many, check], key, starts, scouts))[0]
     results: list[Any] = []
     few = warm_start(target, order, num_particles=_FEW_PARTICLES)
     warm, outside = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    if bool(warm.usable()) and float(warm.drift) == 0.0 and not bool(outside):
+    if bool(warm.sufficient()) and not bool(outside):
         return warm
     # what was fitted stays; particles start anew
     keys, *seen = results[_SOUGHT]
     keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
-    more, _ = _judged(run_stages([*first[_SOUGHT + 1 :], check], keys, *seen))
+    more, _ = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
     return more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
 
 
@@ -90,11 +90,16 @@ def with_step_size(
         if warm.points is None:
             points = jax.vmap(warm.reference.sample)(jax.random.split(key_points, _NUM_ADAPTING))
         else:
-            points = warm.points[:: max(1, len(warm.points) // _NUM_ADAPTING)]
+            points = _some(warm.points, _NUM_ADAPTING)
         return local.adapt(key_adapt, whiten(target, warm.whitening).logdensity_fn, points)
 
     step_size, gradients = run_stages([adapt], key, warm)
     return warm._replace(step_size=step_size, gradients=warm.gradients + gradients)
+
+
+def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
+    """Take about so many particles evenly spaced: neighbours descend from one another."""
+    return points[:: max(1, len(points) // num)]
 
 
 def _judged(found: tuple[Any, ...]) -> tuple[WarmStart, Bool[Array, ""]]:
@@ -128,8 +133,7 @@ def _check(target: Target, searched: bool) -> Stage:
 
         draws = jax.vmap(reference.sample)(jax.random.split(key, _NUM_CHECKED))
         log_weight = clean(jax.vmap(weight)(draws))
-        # neighbours among tempered particles descend from one another: take them evenly spaced
-        kept = points[:: max(1, len(points) // _NUM_KEPT)] if searched else None
+        kept = _some(points, _NUM_KEPT) if searched else None
         fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, tail_index))
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
         outside = jnp.zeros((), bool)

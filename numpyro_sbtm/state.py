@@ -41,6 +41,10 @@ class WarmStart(NamedTuple):
         """Say whether there is little to learn: an effective fraction above 0.5 and k̂ below 0.5."""
         return self.usable() & (self.khat < FINITE_VARIANCE_KHAT)
 
+    def sufficient(self) -> Bool[Array, ""]:
+        """Say whether draws from it do as proposals: usable, and its particles have arrived everywhere."""
+        return self.usable() & (self.drift == 0.0)
+
     def usable(self) -> Bool[Array, ""]:
         """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""
         return (self.ess_fraction > 0.5) & (self.khat < USABLE_KHAT)

@@ -40,8 +40,8 @@ def flows(target):
 
 
 def mixtures(target):
-    algorithm = importance(target, normal(2, 2.5), smc_particles=8)
-    return algorithm.ensemble, (), lambda key, n: algorithm.draw(key, (), n).log_weight
+    algorithm = importance(target, normal(2, 2.5))
+    return independent_ensemble(algorithm, 8), (), lambda key, n: algorithm.draw(key, (), n).log_weight
 
 
 def test_a_draw_of_a_mixture_weighs_what_its_point_weighs():

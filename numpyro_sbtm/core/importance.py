@@ -9,19 +9,17 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info
 from numpyro_sbtm.core.mixture import Mixture
-from numpyro_sbtm.core.smc import independent_ensemble
 from numpyro_sbtm.core.target import Key, Target
 
 __all__ = ["importance"]
 
 
-def importance(target: Target, proposal: Mixture, smc_particles: int = 0) -> Algorithm:
+def importance(target: Target, proposal: Mixture) -> Algorithm:
     """Make the algorithm that draws from a mixture: nothing is trained, and its state is empty.
 
     Args:
         target: the density.
         proposal: what draws come from.
-        smc_particles: draws of each proposal of the ensemble; none below two.
 
     Returns:
         The algorithm. A draw costs one evaluation of the log density, and no gradient.
@@ -51,7 +49,4 @@ def importance(target: Target, proposal: Mixture, smc_particles: int = 0) -> Alg
         x = jax.vmap(proposal.sample)(jax.random.split(key, n))
         return Draws(x, *jax.vmap(weight)(x), jnp.ones(n, bool))
 
-    alone = Algorithm(lambda key: (), step, draw, lambda key, state, x: weight(x)[0])
-    if smc_particles < 2:
-        return alone
-    return alone._replace(ensemble=independent_ensemble(alone, smc_particles))
+    return Algorithm(lambda key: (), step, draw, lambda key, state, x: weight(x)[0])
