@@ -40,6 +40,8 @@ _COMPARABLE = 20.0  # nats below the best ELBO, within which a fit elsewhere may
 _STEP_SIZE = 0.03
 _NARROW = 0.1  # deviations with which a fit without correlations begins at a mode
 _CHUNK = 250  # steps between looks at the ELBOs
+_BRIEF = 150  # steps of fits before a few of them survive
+_SURVIVORS = 4
 _DECAY_CHUNKS = 3  # over which the step size decays
 _MAX_STEADY_CHUNKS = 8
 _RISING = 0.05  # nats by which the best ELBO rises in a chunk while it is worth going on
@@ -200,14 +202,38 @@ _LOW_RANK = Family(
 )
 
 
+def _survivors(elbos: Float[Array, " f"], draws: Float[Array, "f t d"], num: int) -> Int[Array, " num"]:
+    """Choose fits to go on with: the best, then the best elsewhere if comparable, else the next best."""
+    first = jnp.argmax(elbos)
+    mean, std = jnp.mean(draws, 1), jnp.std(draws[first], 0)
+    comparable = elbos > elbos[first] - _COMPARABLE
+
+    def choose(carry, _):  # type: ignore[no-untyped-def]
+        taken, nearest = carry
+        left = jnp.where(taken, -jnp.inf, elbos)
+        elsewhere = comparable & (nearest > likely_radius(draws.shape[-1]))
+        best = jnp.argmax(jnp.where(jnp.any(elsewhere & ~taken), jnp.where(elsewhere, left, -jnp.inf), left))
+        distance = jnp.sum(((mean - mean[best]) / jnp.maximum(std, 1e-12)) ** 2, -1)
+        return (taken.at[best].set(True), jnp.minimum(nearest, distance)), best
+
+    taken, nearest = jnp.zeros(len(elbos), bool), jnp.full(len(elbos), jnp.inf, elbos.dtype)
+    return jax.lax.scan(choose, (taken, nearest), length=num)[1]
+
+
 def _maximise_elbos(
-    key: Key, logdensity_fn: LogDensity, family: Family, guesses: Any, num_draws: int, num_test: int
+    key: Key,
+    logdensity_fn: LogDensity,
+    family: Family,
+    guesses: Any,
+    num_draws: int,
+    num_test: int,
+    num_survivors: int | None = None,
 ) -> tuple[Any, Float[Array, " f"], Float[Array, "f t d"], Int[Array, ""]]:
     """Improve several first guesses by stochastic variational inference, side by side.
 
-    The step size is constant until the best ELBO stops rising, and then decays. All fits share their
-    noise but for signs: one generator to compile, and where a posterior is symmetric, such as a
-    banana, not all of them lean to the same side.
+    All are improved for a while, a few at a time, and then those that survive. Their step size is constant
+    until the best ELBO stops rising, and then decays. All fits share their noise but for signs: one generator
+    to compile, and where a posterior is symmetric, such as a banana, not all of them lean to the same side.
 
     Args:
         key: random key.
@@ -216,12 +242,18 @@ def _maximise_elbos(
         guesses: stacked maps, leading axis f.
         num_draws: draws per step of each fit, an even number.
         num_test: draws t that compare the fits.
+        num_survivors: how many are improved to the end (see `_survivors`); None: all, from the start.
 
     Returns:
         The maps, their ELBOs on the test noise, the images of that noise, and target gradients spent.
+
+    Reference:
+        Karnin, Koren & Somekh (2013), Almost optimal exploration in multi-armed bandits (halving).
     """
     num_fits, dim = guesses.loc.shape
     dtype = guesses.loc.dtype
+    at_once = num_fits if num_survivors is None else min(num_survivors, num_fits)
+    num_brief = 0 if at_once == num_fits else -(-num_fits // at_once)
     optimiser = optax.chain(optax.clip_by_global_norm(10.0 * dim**0.5), optax.scale_by_adam())
     shapes = jax.vmap(family.blank)(guesses)
     key_test, key_noise, key_signs = jax.random.split(key, 3)
@@ -254,30 +286,44 @@ def _maximise_elbos(
         return whitening, jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf), x
 
     def chunk(carry):  # type: ignore[no-untyped-def]
-        k, left, fits, (_, before, _) = carry
+        k, left, num_steps, chosen, fits, found = carry
+        brief = k < num_brief
+        group = jnp.minimum(k * at_once + jnp.arange(at_once), num_fits - 1)
+        which = jnp.where(brief, group, chosen)
+        length = jnp.where(brief, _BRIEF, _CHUNK)
         steady = left == _DECAY_CHUNKS
+        own = signs[which], jax.tree.map(lambda leaf: leaf[which], guesses)
 
-        def step(fits, inputs):  # type: ignore[no-untyped-def]
-            i, key_i = inputs
-            done = jnp.where(steady, 0.0, _DECAY_CHUNKS - 1 - left + i / _CHUNK) / _DECAY_CHUNKS
+        def step(i, fits):  # type: ignore[no-untyped-def]
+            done = jnp.where(steady, 0.0, _DECAY_CHUNKS - 1 - left + i / length) / _DECAY_CHUNKS
             rate = _STEP_SIZE * (0.03 + 0.97 * 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
+            key_i = jax.random.fold_in(jax.random.fold_in(key_noise, k), i)
             half = jax.random.normal(key_i, (num_draws // 2, dim), dtype)
-            one = lambda sign, guess, shape, state: improve(guess, shape, state, sign * half, rate)  # noqa: E731
-            return jax.vmap(one)(signs, guesses, *fits), None
+            one = lambda sign, guess, shape, state: improve(  # noqa: E731
+                guess, shape, state, sign * half, rate.astype(dtype)
+            )
+            return jax.vmap(one)(*own, *fits)
 
-        keys = jax.random.split(jax.random.fold_in(key_noise, k), _CHUNK)
-        fits, _ = jax.lax.scan(step, fits, (jnp.arange(_CHUNK, dtype=dtype), keys))
-        found = jax.vmap(evaluate)(guesses, fits[0])
-        rising = jnp.max(found[1]) - jnp.max(before) > _RISING
-        left = jnp.where(steady & rising & (k < _MAX_STEADY_CHUNKS), left, left - 1)
-        return k + 1, left, fits, found
+        some = jax.lax.fori_loop(0, length, step, jax.tree.map(lambda leaf: leaf[which], fits))
+        new = jax.vmap(evaluate)(own[1], some[0])
+        rising = jnp.max(new[1]) - jnp.max(found[1]) > _RISING
+        put = lambda leaf, part: leaf.at[which].set(part)  # noqa: E731
+        fits, found = jax.tree.map(put, fits, some), jax.tree.map(put, found, new)
+        chosen = jax.lax.cond(
+            k == num_brief - 1, lambda: _survivors(found[1], found[2], at_once), lambda: chosen
+        )
+        stay = steady & (rising | (k == num_brief)) & (k < num_brief + _MAX_STEADY_CHUNKS)
+        left = jnp.where(brief | stay, left, left - 1)
+        return k + 1, left, num_steps + length, chosen, fits, found
 
     fits = shapes, jax.vmap(optimiser.init)(shapes)
-    whitenings, elbos, draws = jax.vmap(evaluate)(guesses, shapes)
-    found = whitenings, jnp.full_like(elbos, -jnp.inf), draws
-    start = jnp.zeros((), jnp.int32), jnp.full((), _DECAY_CHUNKS, jnp.int32), fits, found
-    chunks, _, _, found = jax.lax.while_loop(lambda carry: carry[1] >= 0, chunk, start)
-    return *found, chunks * (_CHUNK * num_fits * num_draws)
+    blank = jax.eval_shape(jax.vmap(evaluate), guesses, shapes)
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blank)
+    found = blank[0], jnp.full(num_fits, -jnp.inf, dtype), blank[2]
+    zero = jnp.zeros((), jnp.int32)
+    start = zero, zero + _DECAY_CHUNKS, zero, jnp.arange(at_once), fits, found
+    *_, num_steps, _, _, found = jax.lax.while_loop(lambda carry: carry[1] >= 0, chunk, start)
+    return *found, num_steps * (at_once * num_draws)
 
 
 class Fit(NamedTuple):
@@ -425,7 +471,7 @@ def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 16) ->
     """
     logdensity_fn = _sorted_density(target, guesses.order[0])
     num_test = _TEST_STEPS * num_draws // 2
-    return _pool(*_maximise_elbos(key, logdensity_fn, TRIANGULAR, guesses, num_draws, num_test))
+    return _pool(*_maximise_elbos(key, logdensity_fn, TRIANGULAR, guesses, num_draws, num_test, _SURVIVORS))
 
 
 def fit_low_rank(
