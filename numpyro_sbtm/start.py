@@ -27,7 +27,6 @@ Precondition = str | tuple[Any, Any] | None
 _NUM_CHECKED = 1024  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
-_FEW_PARTICLES = 512  # of the first look
 _SOUGHT = 1  # number of the stage after which particles start
 _MOST_OUTSIDE = 2.0  # times the mean weight at particles may be what fresh draws make expect
 
@@ -67,7 +66,7 @@ def find_start(
     if refined or target.dim > DENSE or not (not_jax_tracer(key) and not_jax_tracer(starts)):
         return _judged(run_stages([*many, check], key, starts, scouts))[0]
     results: list[Any] = []
-    few = warm_start(target, order, num_particles=_FEW_PARTICLES)
+    few = warm_start(target, order, brief=True)
     warm, outside = _judged(run_stages([*few, check], key, starts, scouts, results=results))
     if bool(warm.sufficient()) and not bool(outside):
         return warm

@@ -55,7 +55,7 @@ _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixtur
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
 _FAR = 20.0  # bound on where scouts lie, in whitened units
-_NUM_PARTICLES = 4096
+_NUM_PARTICLES, _FEW_PARTICLES = 4096, 512
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _MAX_TEMPERATURES = 80
@@ -71,7 +71,7 @@ _REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC trans
 
 
 def tempered_particles(
-    key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES
+    key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES, brief: bool = False
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
@@ -85,6 +85,8 @@ def tempered_particles(
         target: the density, best whitened.
         base: where the particles start; wide enough to cover the target.
         num_particles: n.
+        brief: one transition per temperature instead of three, and no more at the target itself than the
+            first five rounds.
 
     Returns:
         Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; the number of target
@@ -107,7 +109,7 @@ def tempered_particles(
         >>> float(drift)
         0.0
     """
-    dim = target.dim
+    dim, num_moves = target.dim, 1 if brief else _MOVES
     hmc, adaptive_tempered = load("blackjax.mcmc.hmc"), load("blackjax.smc.adaptive_tempered")
 
     def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:
@@ -134,13 +136,14 @@ def tempered_particles(
             "num_integration_steps": jnp.array([LEAPS]),
         }
         rounds = rounds + (state.tempering_param >= 1.0)
-        state, info = kernel(jax.random.fold_in(key_loop, k), state, _MOVES, parameters)
+        state, info = kernel(jax.random.fold_in(key_loop, k), state, num_moves, parameters)
         step_size = adapted(step_size, info.update_info.acceptance_rate)
         return k + 1, rounds, arrived, state, step_size, log_z + info.log_likelihood_increment
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
         k, rounds, arrived, state, *_ = carry
         moving = (drift_between(arrived, state.particles) > 0.0) | (rounds > _MORE_ROUNDS)
+        moving &= not brief
         return ((rounds < _LAST_ROUNDS) | (moving & (rounds < _MAX_ROUNDS))) & (k < _MAX_TEMPERATURES)
 
     state = adaptive_tempered.init(particles)
@@ -150,7 +153,7 @@ def tempered_particles(
     carry = none, none, particles, state, step_size, jnp.zeros((), particles.dtype)
     temperatures, _, arrived, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
     drift = jnp.where(state.tempering_param < 1.0, jnp.inf, drift_between(arrived, state.particles))
-    return state.particles, log_z, temperatures * (num_particles * _MOVES * LEAPS), drift
+    return state.particles, log_z, temperatures * (num_particles * num_moves * LEAPS), drift
 
 
 def _refine(
@@ -258,7 +261,7 @@ def _belong(z: Float[Array, "n d"]) -> Bool[Array, " n"]:
 
 
 def warm_start(
-    target: Target, order: Int[Array, " d"], refined: bool = False, num_particles: int = _NUM_PARTICLES
+    target: Target, order: Int[Array, " d"], refined: bool = False, brief: bool = False
 ) -> list[Stage]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
@@ -279,7 +282,7 @@ def warm_start(
         refined: whether a map is fitted to the particles, which move under it and are fitted again; that map
             then has the preference. Up to 128 dimensions. If a particle does not stay finite, all are as
             they were before. A missing mode is put in afterwards, so that the map does not know of it.
-        num_particles: tempered particles, up to 128 dimensions.
+        brief: a first look by few particles, up to 128 dimensions.
 
     Returns:
         Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
@@ -309,7 +312,8 @@ def warm_start(
         return keys, found, first, _covering(jax.vmap(lambda x: invert(first, x)[0])(scouts))
 
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
-        return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base, num_particles)
+        num = _FEW_PARTICLES if brief else _NUM_PARTICLES
+        return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base, num, brief)
 
     def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
         key_refine, key_mixture = jax.random.split(keys[3])
