@@ -649,7 +649,7 @@ def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Struct
         return Structure(None, True, True, True, False, True)
     margins, rotation = warm.whitening.margins, warm.reference.rotation
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    exact = warm.sufficient() & warm.near_exact() & (warm.ess_fraction > NEARLY_EQUAL)
+    exact = warm.sufficient() & (warm.ess_fraction > NEARLY_EQUAL)
     return Structure(
         int(np.sum(np.isfinite(warm.reference.log_weight))),
         margins is not None and bool(np.any(margins.slope != 1.0)),

@@ -152,7 +152,7 @@ _COMMON = """
         local_kernel: a local move that ends every draw and leaves the posterior invariant: 'hmc' (8 leapfrog
             steps), 'mala', 'nuts', or None. Proposals travel between modes; it repairs what they get
             wrong within one. 'auto' is 'hmc', but None where the warm start is nearly exact: an effective
-            fraction above 0.9 and k̂ below 0.5.
+            fraction above 0.9.
         smc_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
             many, with their mean weight: by a particle filter along the paths, for a flow without noise
             among independent draws. Draws stay exact and cost as many times more; below two: never. It is not
