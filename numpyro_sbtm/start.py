@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.mixture import normal
-from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.core.target import Key, LogDensity, Target
+from numpyro_sbtm.core.variational import dips_between
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import affine, whiten
 from numpyro_sbtm.local import LocalMove
@@ -28,7 +29,9 @@ _NUM_CHECKED = 1024  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
-_MOST_OUTSIDE = 2.0  # times the mean weight at particles may be what fresh draws make expect
+_NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
+_HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
+_CLIMB_STEPS = 40
 
 
 def find_start(
@@ -137,9 +140,43 @@ def _check(target: Target, searched: bool) -> Stage:
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
         outside = jnp.zeros((), bool)
         if kept is not None:
-            # over the target the mean of w / Z is one over the effective fraction, where nothing is missing
             excess = jnp.nan_to_num(jax.vmap(weight)(kept), nan=-jnp.inf) - log_evidence(log_weight)[0]
-            outside = ~(jnp.mean(jnp.exp(excess)) * fraction < _MOST_OUTSIDE)
+            outside = _outside(white.logdensity_fn, kept, excess)
+            gradients += 2 * _NUM_HEAVY * _CLIMB_STEPS
         return whitening, reference, kept, fraction, khat, drift, gradients, outside
 
     return check
+
+
+def _outside(
+    logdensity_fn: LogDensity, points: Float[Array, "n d"], excess: Float[Array, " n"]
+) -> Bool[Array, ""]:
+    """Say whether one of the heaviest particles is of another mode than the nearest that is not heavy.
+
+    A tail that is heavier than that of the mixture also makes heavy particles, but no dip lies on the way to
+    them. Both particles climb before, since in many dimensions it lies between tops only.
+    """
+    heavy = excess > _HEAVY
+    heaviest = jnp.argsort(-excess)[:_NUM_HEAVY]
+
+    def nearest(u: Float[Array, " d"]) -> Int[Array, ""]:
+        return jnp.argmin(jnp.where(heavy, jnp.inf, jnp.sum((points - u) ** 2, -1)))
+
+    pairs = jnp.stack([heaviest, jax.vmap(nearest)(points[heaviest])])
+    tops = jax.vmap(jax.vmap(lambda u: _climb(logdensity_fn, u)))(points[pairs])
+    return jnp.any(heavy[heaviest] & jax.vmap(lambda a, b: dips_between(logdensity_fn, a, b))(*tops))
+
+
+def _climb(logdensity_fn: LogDensity, u: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Go up the gradient, by steps that grow while they gain; far enough to leave the noise of particles."""
+    value_and_grad = jax.value_and_grad(logdensity_fn)
+
+    def step(_: Int[Array, ""], carry):  # type: ignore[no-untyped-def]
+        u, value, gradient, size = carry
+        new = u + size * gradient
+        there = value_and_grad(new)
+        better = there[0] > value
+        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), (new, *there), (u, value, gradient))
+        return *kept, size * jnp.where(better, 1.5, 0.25)
+
+    return jax.lax.fori_loop(0, _CLIMB_STEPS, step, (u, *value_and_grad(u), jnp.ones((), u.dtype)))[0]

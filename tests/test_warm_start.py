@@ -314,19 +314,29 @@ def judged(target, whitening, reference, points, seed=0):
     return warm, bool(outside)
 
 
-def test_particles_where_nothing_is_drawn_are_seen():
-    target = Target(lambda x: jnp.logaddexp(*(-0.5 * jnp.sum((x - c) ** 2) for c in (0.0, 8.0))), 2)
-    plain = affine(jnp.zeros(2), jnp.eye(2))
-    own = jax.random.normal(jax.random.key(0), (512, 2))
-    warm, outside = judged(target, plain, normal(2), own)
+@pytest.mark.parametrize("dim", [2, 60])
+def test_particles_where_nothing_is_drawn_are_seen(dim):
+    """In 60 dimensions the noise of particles fills the gap between modes eight deviations apart."""
+    other = jnp.zeros(dim).at[0].set(8.0)
+    target = Target(lambda x: jnp.logaddexp(*(-0.5 * jnp.sum((x - c) ** 2) for c in (0.0, other))), dim)
+    plain = affine(jnp.zeros(dim), jnp.eye(dim))
+    own = jax.random.normal(jax.random.key(0), (512, dim))
+    warm, outside = judged(target, plain, normal(dim), own)
     assert not outside and warm.ess_fraction > 0.99
     # fresh draws are as good as before: one particle of the other mode says what is missing
-    warm, outside = judged(target, plain, normal(2), own.at[100].set(8.0))
+    warm, outside = judged(target, plain, normal(dim), own.at[100].add(other))
     assert outside and warm.ess_fraction > 0.99
-    # a heavy tail is no mode: draws and particles agree on it
-    tail = Target(lambda x: -0.5 * jnp.sum(x**2) / 1.15**2, 2)
-    warm, outside = judged(tail, plain, normal(2), 1.15 * own)
-    assert not outside
+
+
+def test_a_heavy_tail_is_no_mode():
+    """Draws and particles agree on the first; particles alone reach into the second, of weight e^70."""
+    plain = affine(jnp.zeros(2), jnp.eye(2))
+    own = jax.random.normal(jax.random.key(0), (512, 2))
+    wider = Target(lambda x: -0.5 * jnp.sum(x**2) / 1.15**2, 2)
+    tail = Target(lambda x: -0.5 * jnp.sum(x**2) + jnp.maximum(0.0, 0.5 * x[0] ** 2 - 2.0 * x[0] + 2.0), 2)
+    for target, points in ((wider, 1.15 * own), (tail, own.at[100].set(jnp.array([14.0, 0.0])))):
+        _, outside = judged(target, plain, normal(2), points)
+        assert not outside
 
 
 UNSEEN = pytest.mark.xfail(

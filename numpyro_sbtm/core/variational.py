@@ -20,6 +20,7 @@ __all__ = [
     "climb",
     "connected",
     "diagonal_guesses",
+    "dips_between",
     "first_guesses",
     "fit",
     "fit_low_rank",
@@ -494,10 +495,26 @@ def fit_low_rank(
     return fits, elbos, gradients
 
 
+def dips_between(value_fn: LogDensity, start: Float[Array, " d"], end: Float[Array, " d"]) -> Bool[Array, ""]:
+    """Say whether a function, such as a log density, dips below both ends on the way between two points.
+
+    Two normal modes of one scale that lie D deviations apart dip by D²/8 - log 2 nats. A value on the way
+    that is NaN counts as a dip.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.variational import dips_between
+        >>> wells = lambda x: -jnp.sum((x**2 - 4.0) ** 2)
+        >>> [bool(dips_between(wells, jnp.array([-2.0]), jnp.array([x]))) for x in (2.0, -1.5)]
+        [True, False]
+    """
+    parts = jnp.linspace(0.0, 1.0, _SEGMENTS + 1, dtype=start.dtype)[:, None]
+    values = jax.vmap(value_fn)(start + parts * (end - start))
+    return ~(jnp.min(values) >= jnp.minimum(values[0], values[-1]) - _DIP)
+
+
 def connected(value_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, "m m"]:
     """Say between which points a function, such as a log density, does not dip below both ends.
-
-    Two normal modes of one scale that lie D deviations apart dip by D²/8 - log 2 nats.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -506,16 +523,8 @@ def connected(value_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, 
         >>> connected(wells, jnp.array([[-2.0], [2.0], [1.5]]))[1].tolist()
         [False, True, True]
     """
-    values = jax.vmap(value_fn)(points)
-    parts = jnp.linspace(0.0, 1.0, _SEGMENTS + 1, dtype=points.dtype)[1:-1]
-
-    def row(inputs):  # type: ignore[no-untyped-def]
-        end, value = inputs
-        between = end + parts[:, None, None] * (points - end)
-        lowest = jnp.min(jax.vmap(value_fn)(between.reshape(-1, end.size)).reshape(len(parts), -1), 0)
-        return lowest >= jnp.minimum(value, values) - _DIP  # not so where one is NaN
-
-    return jax.lax.map(row, (points, values))
+    dips = jax.vmap(lambda start, end: dips_between(value_fn, start, end), (None, 0))
+    return ~jax.lax.map(lambda start: dips(start, points), points)
 
 
 def leaders(
