@@ -27,7 +27,6 @@ from numpyro_sbtm.fingerprint import fingerprint
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments, logdensity
 from numpyro_sbtm.periodic import wrap
-from numpyro_sbtm.psis import NEARLY_EQUAL
 from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
 from numpyro_sbtm.start import Precondition, find_start, with_step_size
 from numpyro_sbtm.state import UNBATCHED, KernelState, Proposals, Training, WarmStart
@@ -37,6 +36,7 @@ __all__ = ["LearnedKernel", "absolute"]
 _ARRAY = object()  # stands for an array among a model's arguments
 _NUM_STARTS = 8
 _MOST_PARTICLES = 2**16
+_EXACT = 0.9  # effective fraction of the warm start above which draws need no local moves
 _MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room for another run
 
 
@@ -649,7 +649,7 @@ def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Struct
         return Structure(None, True, True, True, False, True)
     margins, rotation = warm.whitening.margins, warm.reference.rotation
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    exact = warm.sufficient() & (warm.ess_fraction > NEARLY_EQUAL)
+    exact = warm.sufficient() & (warm.ess_fraction > _EXACT)
     return Structure(
         int(np.sum(np.isfinite(warm.reference.log_weight))),
         margins is not None and bool(np.any(margins.slope != 1.0)),

@@ -17,12 +17,12 @@ from numpyro_sbtm.core.algorithm import Algorithm, Ensemble
 from numpyro_sbtm.core.decay import Rays, decay
 from numpyro_sbtm.core.importance import importance
 from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.weights import clean, ess_fraction, metropolis, resample
+from numpyro_sbtm.core.weights import clean, metropolis, resample
 from numpyro_sbtm.core.whitening import invert, unwhiten, whiten
 from numpyro_sbtm.fingerprint import Fingerprint
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.model import Problem, logdensity
-from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT, tail_index
+from numpyro_sbtm.psis import USABLE_KHAT, judged_tail_index
 from numpyro_sbtm.state import KernelState, Proposals, Training, WarmStart
 
 __all__ = ["LearnedChain"]
@@ -254,8 +254,7 @@ class LearnedChain:
             new = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype), flat, block)
             if ensemble is not None:  # the very first block decides; if it is poor, it is not used
                 weight = clean(flat.log_weight.reshape(-1))
-                poor = (tail_index(weight) > USABLE_KHAT) & (ess_fraction(weight) < NEARLY_EQUAL)
-                switch = poor & fresh & (k == 0)
+                switch = (judged_tail_index(weight) > USABLE_KHAT) & fresh & (k == 0)
                 ensemble, times = ensemble | switch, times + switch
             return k + 1, times, ensemble, new, block
 

@@ -3,14 +3,16 @@
 
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from numpyro_sbtm.core.weights import ess_fraction
 from numpyro_sbtm.lazy import load
 
 __all__ = [
     "FINITE_VARIANCE_KHAT",
-    "NEARLY_EQUAL",
     "USABLE_KHAT",
+    "harmless_tail",
+    "judged_tail_index",
     "tail_index",
     "tail_index_error",
     "unseen_share",
@@ -18,7 +20,8 @@ __all__ = [
 
 FINITE_VARIANCE_KHAT = 0.5  # above it the weights have no finite variance
 USABLE_KHAT = 0.7  # above it the mean weight has no usable error bar
-NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
+_NEARLY_EQUAL = 0.9  # effective fraction above which k-hat is noise: there is too little in the tail to fit
+_UNSEEN = 0.02  # what a tail may add to the mean weight at most, below which its index does no harm
 _FEWEST = 25  # positive weights that have a tail
 _LARGEST_KHAT = 0.9  # of a tail whose mean is still computed; one at k-hat 1 has none
 _EQUAL = 1e-4  # range of log weights below which they count as equal
@@ -100,3 +103,29 @@ def unseen_share(log_weight: Float[Array, " n"], khat: Float[Array, ""] | float)
         1.0
     """
     return jnp.exp(jnp.max(log_weight) - logsumexp(log_weight)) / (1.0 - jnp.clip(khat, 0.0, _LARGEST_KHAT))
+
+
+def harmless_tail(
+    fraction: Float[Array, ""] | float, unseen: Float[Array, ""] | float
+) -> Bool[Array, ""] | bool:
+    """Say whether weights are so equal that k̂ is noise, or so even that their tail adds next to nothing.
+
+    Args:
+        fraction: their effective sample fraction.
+        unseen: their `unseen_share`, were k̂ 0.9.
+    """
+    return (fraction > _NEARLY_EQUAL) | (unseen < _UNSEEN)
+
+
+def judged_tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
+    """Fit the tail of the weights where it matters: Pareto k̂, or minus infinity where it is harmless.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.psis import judged_tail_index
+        >>> log_weight = 0.1 * jax.random.normal(jax.random.key(0), (1000,))
+        >>> float(judged_tail_index(log_weight))
+        -inf
+    """
+    harmless = harmless_tail(ess_fraction(log_weight), unseen_share(log_weight, jnp.inf))
+    return jnp.where(harmless, -jnp.inf, tail_index(log_weight))

@@ -15,7 +15,7 @@ from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import affine, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.moves import first_step_size
-from numpyro_sbtm.psis import tail_index
+from numpyro_sbtm.psis import judged_tail_index
 from numpyro_sbtm.stages import Stage, run_stages
 from numpyro_sbtm.state import WarmStart
 from numpyro_sbtm.warm_start import DENSE, warm_start
@@ -25,7 +25,7 @@ __all__ = ["Precondition", "find_start", "with_step_size"]
 Precondition = str | tuple[Any, Any] | None
 """'auto', 'refined', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
 
-_NUM_CHECKED = 1024  # draws that judge the warm start
+_NUM_CHECKED = 4096  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
@@ -136,7 +136,7 @@ def _check(target: Target, searched: bool) -> Stage:
         draws = jax.vmap(reference.sample)(jax.random.split(key, _NUM_CHECKED))
         log_weight = clean(jax.vmap(weight)(draws))
         kept = _some(points, _NUM_KEPT) if searched else None
-        fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, tail_index))
+        fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, judged_tail_index))
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
         outside = jnp.zeros((), bool)
         if kept is not None:

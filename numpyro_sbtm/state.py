@@ -9,7 +9,7 @@ from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.core.whitening import LowRank, Whitening
 from numpyro_sbtm.fingerprint import Fingerprint
-from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, NEARLY_EQUAL, USABLE_KHAT
+from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, USABLE_KHAT
 
 __all__ = ["KernelState", "Proposals", "Training", "WarmStart"]
 
@@ -22,7 +22,7 @@ class WarmStart(NamedTuple):
         reference: a mixture that resembles the whitened posterior.
         points: points that resemble whitened draws, or None, shape ``[m, d]``.
         ess_fraction: effective sample fraction of draws from it.
-        khat: Pareto k̂ of their weights.
+        khat: Pareto k̂ of their weights; minus infinity where their tail does no harm.
         drift: by what part a variance of tempered particles still changed, at least, shape ``[]``.
         step_size: of local moves, in whitened units; None where there are none, shape ``[]``.
         gradients: target gradients spent.
@@ -38,22 +38,16 @@ class WarmStart(NamedTuple):
     gradients: Int[Array, ""]
 
     def near_exact(self) -> Bool[Array, ""]:
-        """Say whether there is little to learn: usable, and k̂ below 0.5 where it is judged."""
-        return self.usable() & self._tail_below(FINITE_VARIANCE_KHAT)
+        """Say whether there is little to learn: an effective fraction above 0.5 and k̂ below 0.5."""
+        return self.usable() & (self.khat < FINITE_VARIANCE_KHAT)
 
     def sufficient(self) -> Bool[Array, ""]:
         """Say whether draws from it do as proposals: usable, and its particles have arrived everywhere."""
         return self.usable() & (self.drift == 0.0)
 
     def usable(self) -> Bool[Array, ""]:
-        """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7.
-
-        k̂ is not judged above an effective fraction of 0.9.
-        """
-        return (self.ess_fraction > 0.5) & self._tail_below(USABLE_KHAT)
-
-    def _tail_below(self, khat: float) -> Bool[Array, ""]:
-        return (self.khat < khat) | (self.ess_fraction > NEARLY_EQUAL)
+        """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""
+        return (self.ess_fraction > 0.5) & (self.khat < USABLE_KHAT)
 
 
 class Training(NamedTuple):

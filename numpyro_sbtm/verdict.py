@@ -8,7 +8,7 @@ import numpy as np
 
 from numpyro_sbtm.convergence import FEWEST_DRAWS, Convergence
 from numpyro_sbtm.evidence import Estimate
-from numpyro_sbtm.psis import NEARLY_EQUAL, USABLE_KHAT
+from numpyro_sbtm.psis import USABLE_KHAT, harmless_tail
 
 __all__ = ["Check", "Judgement", "Measured", "Verdict", "checks", "joint_error", "judge", "printed_error"]
 
@@ -19,7 +19,6 @@ Limits = tuple[float, float]
 _NEVER = (np.inf, np.inf)
 _AT_MOST_CAUTION = (0.0, np.inf)
 _MAX_KHAT = (USABLE_KHAT, 1.0)
-_UNSEEN = 0.02  # what a tail may add to the mean weight at most, below which its index does no harm
 _MAX_KHAT_OF_DRAWS = (1.0, np.inf)
 _MIN_ACCEPTANCE = (0.2, 0.05)
 _MIN_ESS = (0.1, 0.01)
@@ -336,9 +335,7 @@ def _of_evidence(measured: Measured) -> list[Check]:
         and not any(check.grade(check.draws) for check in _of_chains(measured))
     )
     khat_limits = (1.0, 1.0) if confirmed else _MAX_KHAT
-    harmless = not forward.khat <= USABLE_KHAT and (
-        forward.ess_fraction > NEARLY_EQUAL or forward.unseen < _UNSEEN
-    )
+    harmless = not forward.khat <= USABLE_KHAT and harmless_tail(forward.ess_fraction, forward.unseen)
     found = [
         Check(
             "Pareto k-hat",
