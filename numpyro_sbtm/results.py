@@ -85,8 +85,8 @@ class Report:
         improper: sites along which the density does not fall.
         warm_start_ess_fraction: effective sample fraction of draws from the warm start, before training;
             where it is near one, there was nothing to learn.
-        warm_start_khat: Pareto k̂ of their weights. With an effective fraction above 0.5, k̂ below 0.7 and no
-            drift nothing is trained.
+        warm_start_khat: Pareto k̂ of their weights; minus infinity where their tail does no harm. With an
+            effective fraction above 0.5, k̂ below 0.7 and no drift nothing is trained.
         warm_start_drift: by what part at least moves that leave the posterior invariant still changed a
             variance of the warm start's particles; above zero, they had not arrived everywhere.
         training: training loss of every warm-up step, shape ``[num_warmup]`` or ``[chains, num_warmup]``;
@@ -161,6 +161,7 @@ class Report:
     def __str__(self) -> str:
         exact = "Metropolis-corrected" if self.correction else "UNCORRECTED: raw draws of the sampler"
         left_out = f" (without {self.elbo_left_out:.2%} of proposals)" if self.elbo_left_out > 0 else ""
+        heavy = f" (k-hat {self.warm_start_khat:.2f})" if np.isfinite(self.warm_start_khat) else ""
         rows = [
             ("correction", exact),
             ("log evidence", f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"),
@@ -172,7 +173,7 @@ class Report:
             *((check.name, str(check)) for check in self.checks if check.printed),
             (
                 "warm start's effective fraction",
-                f"{self.warm_start_ess_fraction:.3f} (k-hat {self.warm_start_khat:.2f})",
+                f"{self.warm_start_ess_fraction:.3f}{heavy}",
             ),
             ("training steps", f"{self.training_steps} of {self.training.shape[-1]}"),
             ("skipped updates", f"{self.skipped_updates}"),
