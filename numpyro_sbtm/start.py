@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.util import not_jax_tracer
 
-from numpyro_sbtm.core.mixture import normal
+from numpyro_sbtm.core.mixture import Mixture, normal
+from numpyro_sbtm.core.population import better_mixture, with_wider
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.variational import dips_between
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.core.whitening import affine, whiten
+from numpyro_sbtm.core.whitening import Whitening, affine, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.moves import first_step_size
 from numpyro_sbtm.psis import judged_tail_index
@@ -29,6 +30,8 @@ _NUM_CHECKED = 4096  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
+_NUM_ROUNDS = 3  # in which draws better the mixture, as many in each as judge it
+_WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches further
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
 _CLIMB_STEPS = 40
@@ -45,8 +48,9 @@ def find_start(
     """Look for the posterior, or take what is given, and judge draws from there.
 
     Few particles look first. Where draws from what they show are good, the particles have arrived, and none
-    of them lies outside, that is all; else many look. What is traced, and what has more than 128 dimensions,
-    has no first look.
+    of them lies outside, that is all; else many look. Where weights of draws are not nearly equal, draws
+    better the mixture. What is traced, and what has more than 128 dimensions, has no first look, and its
+    mixture stays.
 
     Args:
         key: random key.
@@ -66,18 +70,55 @@ def find_start(
         return _judged(run_stages([_given(precondition), check], key, starts, scouts))[0]
     refined = precondition == "refined"
     many = warm_start(target, order, refined)
-    if refined or target.dim > DENSE or not (not_jax_tracer(key) and not_jax_tracer(starts)):
+    traced = not (not_jax_tracer(key) and not_jax_tracer(starts))
+    if traced or target.dim > DENSE:
         return _judged(run_stages([*many, check], key, starts, scouts))[0]
+    key_few, key_many = jax.random.split(jax.random.fold_in(key, 1))
+    if refined:
+        return _bettered(key_many, target, _judged(run_stages([*many, check], key, starts, scouts))[0])
     results: list[Any] = []
     few = warm_start(target, order, brief=True)
     warm, outside = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    if bool(warm.sufficient()) and not bool(outside):
-        return warm
+    if not bool(outside):
+        warm = _bettered(key_few, target, warm)
+        if bool(warm.sufficient()):
+            return warm
     # what was fitted stays; particles start anew
     keys, *seen = results[_SOUGHT]
     keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
     more, _ = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
-    return more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
+    more = more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
+    return _bettered(key_many, target, more)
+
+
+def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
+    """Let draws better the mixture, where their weights are not nearly equal, and judge it by fresh ones."""
+    if bool(jnp.isneginf(warm.khat)):
+        return warm
+
+    def adapt(
+        key: Key, whitening: Whitening, reference: Mixture, points: Float[Array, "m d"]
+    ) -> tuple[Any, ...]:
+        key_rounds, key_check = jax.random.split(key)
+        density = whiten(target, whitening).logdensity_fn
+        better = better_mixture(key_rounds, density, with_wider(reference, points), _NUM_CHECKED, _NUM_ROUNDS)
+        return better, *_quality(_log_weights(key_check, density, better), points.dtype)
+
+    better, fraction, khat = run_stages([adapt], key, warm.whitening, warm.reference, warm.points)
+    if float(fraction) < _WORSE * float(warm.ess_fraction):
+        return warm
+    return warm._replace(reference=better, ess_fraction=fraction, khat=khat)
+
+
+def _log_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture) -> Float[Array, " n"]:
+    """Weigh fresh draws."""
+    draws = jax.vmap(proposal.sample)(jax.random.split(key, _NUM_CHECKED))
+    return clean(jax.vmap(lambda u: logdensity_fn(u) - proposal.log_prob(u))(draws))
+
+
+def _quality(log_weight: Float[Array, " n"], dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Compute the effective fraction, and k-hat where it matters."""
+    return ess_fraction(log_weight).astype(dtype), judged_tail_index(log_weight).astype(dtype)
 
 
 def with_step_size(
@@ -130,17 +171,14 @@ def _check(target: Target, searched: bool) -> Stage:
         dtype = points.dtype
         white = whiten(target, whitening)
 
-        def weight(u: Float[Array, " d"]) -> Float[Array, ""]:
-            return white.logdensity_fn(u) - reference.log_prob(u)
-
-        draws = jax.vmap(reference.sample)(jax.random.split(key, _NUM_CHECKED))
-        log_weight = clean(jax.vmap(weight)(draws))
+        log_weight = _log_weights(key, white.logdensity_fn, reference)
         kept = _some(points, _NUM_KEPT) if searched else None
-        fraction, khat = (found(log_weight).astype(dtype) for found in (ess_fraction, judged_tail_index))
+        fraction, khat = _quality(log_weight, dtype)
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
         outside = jnp.zeros((), bool)
         if kept is not None:
-            excess = jnp.nan_to_num(jax.vmap(weight)(kept), nan=-jnp.inf) - log_evidence(log_weight)[0]
+            excess = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(kept)
+            excess = jnp.nan_to_num(excess, nan=-jnp.inf) - log_evidence(log_weight)[0]
             outside = _outside(white.logdensity_fn, kept, excess)
             gradients += 2 * _NUM_HEAVY * _CLIMB_STEPS
         return whitening, reference, kept, fraction, khat, drift, gradients, outside
