@@ -36,8 +36,9 @@ def with_wider(mixture: Mixture, points: Float[Array, "n d"]) -> Mixture:
         >>> import jax.numpy as jnp
         >>> from numpyro_sbtm.core.mixture import normal
         >>> from numpyro_sbtm.core.population import with_wider
-        >>> with_wider(normal(2), jnp.array([[6.0, 0.0], [0.0, 1.0]])).std.round(1).tolist()
-        [[1.0, 1.0], [5.2, 1.3], [1.8, 1.8]]
+        >>> far = jnp.array([[9.0, 0.0], [0.0, 1.0]])
+        >>> [[round(std, 1) for std in row] for row in with_wider(normal(2), far).std.tolist()]
+        [[1.0, 1.0], [13.3, 1.5], [1.8, 1.8]]
     """
     num, dim = mixture.centre.shape
     dtype = mixture.centre.dtype
