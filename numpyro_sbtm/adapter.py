@@ -563,10 +563,10 @@ class LearnedKernel(MCMCKernel):
             precondition = self._whitening(key_guide, problem, args, kwargs)
             order = jnp.asarray(problem.order)
             warm = find_start(key_start, target, problem.starts, problem.scouts, order, precondition)
+            own = not self._shared and (several or run.keys is not None)
             # states of chains with samplers of their own are stacked: either all are trained or none
-            alone = self._shared or not (several or run.keys is not None)
-            alone = alone and not self._always_train and self._correction is not None
-            run.structure = run.structure or _structure(warm, self._local_kernel, alone)
+            alone = not own and not self._always_train and self._correction is not None
+            run.structure = run.structure or _structure(warm, self._local_kernel, alone, own)
             warm = _simplified(warm, run.structure)
             if chain.local is not None:
                 # moves that are made for other data only need no better one
@@ -637,13 +637,13 @@ def absolute(log_weight: Any, state: KernelState) -> Any:
     return log_weight + (offset[:, None] if offset.ndim else offset)
 
 
-def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Structure:
+def _structure(warm: WarmStart, local_kernel: str | None, alone: bool, own: bool) -> Structure:
     """Say what does nothing, for programs that are smaller and faster to compile.
 
-    Of the warm start, parts that are the identity; where its draws alone would do, ensembles of proposals,
-    and all training if ``alone``; where they are nearly exact, local moves if ``local_kernel`` is 'auto'.
-    Where particles have not arrived everywhere, draws of what they show do not see what is missing: then
-    training and moves are needed.
+    Of the warm start, parts that are the identity, unless each chain has its ``own``, which may need them;
+    where its draws alone would do, ensembles of proposals, and all training if ``alone``; where they are
+    nearly exact, local moves if ``local_kernel`` is 'auto'. Where particles have not arrived everywhere,
+    draws of what they show do not see what is missing: then training and moves are needed.
     """
     if not not_jax_tracer(warm.khat):
         return Structure(None, True, True, True, False, True)
@@ -652,8 +652,8 @@ def _structure(warm: WarmStart, local_kernel: str | None, alone: bool) -> Struct
     exact = warm.sufficient() & (warm.ess_fraction > _EXACT)
     return Structure(
         int(np.sum(np.isfinite(warm.reference.log_weight))),
-        margins is not None and bool(np.any(margins.slope != 1.0)),
-        rotation is not None and bool(np.any(rotation != np.eye(rotation.shape[-1]))),
+        margins is not None and (own or bool(np.any(margins.slope != 1.0))),
+        rotation is not None and (own or bool(np.any(rotation != np.eye(rotation.shape[-1])))),
         not bool(warm.usable()),
         local_kernel == "auto" and bool(exact),
         not (alone and bool(warm.sufficient())),

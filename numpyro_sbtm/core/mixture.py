@@ -117,7 +117,7 @@ def normal(dim: int, scale: float = 1.0) -> Mixture:
 
 
 def largest(mixture: Mixture, size: int) -> Mixture:
-    """Keep the components of the largest weights, and renormalise.
+    """Keep the components of the largest weights, and renormalise; where there are fewer, the rest is absent.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -125,10 +125,15 @@ def largest(mixture: Mixture, size: int) -> Mixture:
         >>> two = Mixture(jnp.log(jnp.array([0.3, 0.7])), None, jnp.array([[0.0], [9.0]]), jnp.ones((2, 1)))
         >>> largest(two, 1).centre.tolist()
         [[9.0]]
+        >>> [round(weight, 1) for weight in jnp.exp(largest(two, 3).log_weight).tolist()]
+        [0.7, 0.3, 0.0]
     """
-    keep = jnp.argsort(-mixture.log_weight)[:size]
+    num = len(mixture.log_weight)
+    order = jnp.argsort(-mixture.log_weight)
+    keep = jnp.concatenate([order, jnp.full(max(0, size - num), order[-1])])[:size]
     kept = jax.tree.map(lambda leaf: leaf[keep], mixture)
-    return kept._replace(log_weight=jax.nn.log_softmax(kept.log_weight))
+    log_weight = jnp.where(jnp.arange(size) < num, kept.log_weight, -jnp.inf)
+    return kept._replace(log_weight=jax.nn.log_softmax(log_weight))
 
 
 def moments(mixture: Mixture) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
