@@ -31,6 +31,9 @@ _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
 _NUM_ROUNDS = 3  # in which draws better the mixture, as many in each as judge it
+_MOST_TURNED = (
+    64  # dimensions up to which it is; beyond, components with axes of their own make training dear
+)
 _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches further
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
@@ -49,8 +52,8 @@ def find_start(
 
     Few particles look first. Where draws from what they show are good, the particles have arrived, and none
     of them lies outside, that is all; else many look. Where weights of draws are not nearly equal, draws
-    better the mixture. What is traced, and what has more than 128 dimensions, has no first look, and its
-    mixture stays.
+    better the mixture, up to 64 dimensions. What is traced, and what has more than 128 dimensions, has no
+    first look, and its mixture stays.
 
     Args:
         key: random key.
@@ -93,7 +96,7 @@ def find_start(
 
 def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
     """Let draws better the mixture, where their weights are not nearly equal, and judge it by fresh ones."""
-    if bool(jnp.isneginf(warm.khat)):
+    if target.dim > _MOST_TURNED or bool(jnp.isneginf(warm.khat)):
         return warm
 
     def adapt(
