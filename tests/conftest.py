@@ -29,6 +29,8 @@ def x64():
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
-    """Free each file's compiled programs: a process that keeps them all runs out of memory mappings."""
+    """Free each file's compiled programs, or memory mappings run out, and undo what its fixtures enabled."""
+    before = jax.config.jax_enable_x64
     yield
     jax.clear_caches()
+    jax.config.update("jax_enable_x64", before)
