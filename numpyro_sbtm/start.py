@@ -70,26 +70,26 @@ def find_start(
     check = _check(target, searched)
     if not searched:
         assert not isinstance(precondition, str)
-        return _judged(run_stages([_given(precondition), check], key, starts, scouts))[0]
+        return _judged(run_stages([_given(precondition), check], key, starts, scouts))
     refined = precondition == "refined"
     many = warm_start(target, order, refined)
     traced = not (not_jax_tracer(key) and not_jax_tracer(starts))
     if traced or target.dim > DENSE:
-        return _judged(run_stages([*many, check], key, starts, scouts))[0]
+        return _judged(run_stages([*many, check], key, starts, scouts))
     key_few, key_many = jax.random.split(jax.random.fold_in(key, 1))
     if refined:
-        return _bettered(key_many, target, _judged(run_stages([*many, check], key, starts, scouts))[0])
+        return _bettered(key_many, target, _judged(run_stages([*many, check], key, starts, scouts)))
     results: list[Any] = []
     few = warm_start(target, order, brief=True)
-    warm, outside = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    if not bool(outside):
+    warm = _judged(run_stages([*few, check], key, starts, scouts, results=results))
+    if not bool(warm.outside):
         warm = _bettered(key_few, target, warm)
         if bool(warm.sufficient()):
             return warm
     # what was fitted stays; particles start anew
     keys, *seen = results[_SOUGHT]
     keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
-    more, _ = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
+    more = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
     more = more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
     return _bettered(key_many, target, more)
 
@@ -148,10 +148,10 @@ def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
     return points[:: max(1, len(points) // num)]
 
 
-def _judged(found: tuple[Any, ...]) -> tuple[WarmStart, Bool[Array, ""]]:
+def _judged(found: tuple[Any, ...]) -> WarmStart:
     """Name what `_check` returned."""
     whitening, reference, points, fraction, khat, drift, gradients, outside = found
-    return WarmStart(whitening, reference, points, fraction, khat, drift, None, gradients), outside
+    return WarmStart(whitening, reference, points, fraction, khat, drift, outside, None, gradients)
 
 
 def _given(precondition: tuple[Any, Any] | None) -> Stage:

@@ -24,6 +24,7 @@ class WarmStart(NamedTuple):
         ess_fraction: effective sample fraction of draws from it.
         khat: Pareto k̂ of their weights; minus infinity where their tail does no harm.
         drift: by what part a variance of tempered particles still changed, at least, shape ``[]``.
+        outside: whether a particle is of a mode from which nothing is drawn, shape ``[]``.
         step_size: of local moves, in whitened units; None where there are none, shape ``[]``.
         gradients: target gradients spent.
     """
@@ -34,6 +35,7 @@ class WarmStart(NamedTuple):
     ess_fraction: Float[Array, ""]
     khat: Float[Array, ""]
     drift: Float[Array, ""]
+    outside: Bool[Array, ""]
     step_size: Float[Array, ""] | None
     gradients: Int[Array, ""]
 
@@ -42,8 +44,8 @@ class WarmStart(NamedTuple):
         return self.usable() & (self.khat < FINITE_VARIANCE_KHAT)
 
     def sufficient(self) -> Bool[Array, ""]:
-        """Say whether draws from it do as proposals: usable, and its particles have arrived everywhere."""
-        return self.usable() & (self.drift == 0.0)
+        """Say whether draws from it do as proposals: usable, its particles arrived, and none outside."""
+        return self.usable() & (self.drift == 0.0) & ~self.outside
 
     def usable(self) -> Bool[Array, ""]:
         """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""

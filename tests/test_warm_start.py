@@ -310,8 +310,8 @@ def judged(target, whitening, reference, points, seed=0):
     """What a check says of a mixture of one component, and of particles."""
     zero = jnp.zeros(())
     found = run_stages([_check(target, True)], whitening, reference, points, zero, zero, jax.random.key(seed))
-    warm, outside = _judged(found)
-    return warm, bool(outside)
+    warm = _judged(found)
+    return warm, bool(warm.outside)
 
 
 @pytest.mark.parametrize("dim", [2, 60])
