@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_sbtm.core.mixture import Mixture
+from numpyro_sbtm.core.mixture import Mixture, moments
 from numpyro_sbtm.core.target import Key, LogDensity
 from numpyro_sbtm.core.weights import clean, log_evidence
 
@@ -42,13 +42,7 @@ def with_wider(mixture: Mixture, points: Float[Array, "n d"]) -> Mixture:
     """
     num, dim = mixture.centre.shape
     dtype = mixture.centre.dtype
-    weight = jnp.exp(mixture.log_weight)
-    means, variances = mixture.centre, mixture.std**2
-    if mixture.rotation is not None:
-        means = jnp.einsum("cij,cj->ci", mixture.rotation, mixture.centre)
-        variances = jnp.einsum("cij,cj->ci", mixture.rotation**2, variances)
-    mean = weight @ means
-    std = jnp.sqrt(weight @ (variances + (means - mean) ** 2))
+    mean, std = moments(mixture)
     # so far out lies the outermost of n normal ones
     outermost = jax.scipy.special.ndtri(1.0 - 0.5 / len(points))
     reach = jnp.max(jnp.abs(points - mean), 0) / outermost
