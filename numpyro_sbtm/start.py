@@ -105,7 +105,7 @@ def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
         key_rounds, key_check = jax.random.split(key)
         density = whiten(target, whitening).logdensity_fn
         better = better_mixture(key_rounds, density, with_wider(reference, points), _NUM_CHECKED, _NUM_ROUNDS)
-        return better, *_quality(_log_weights(key_check, density, better), points.dtype)
+        return better, *_quality(_fresh_weights(key_check, density, better), points.dtype)
 
     better, fraction, khat = run_stages([adapt], key, warm.whitening, warm.reference, warm.points)
     if float(fraction) < _WORSE * float(warm.ess_fraction):
@@ -113,10 +113,14 @@ def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
     return warm._replace(reference=better, ess_fraction=fraction, khat=khat)
 
 
-def _log_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture) -> Float[Array, " n"]:
-    """Weigh fresh draws."""
+def _weights(logdensity_fn: LogDensity, proposal: Mixture, u: Float[Array, "n d"]) -> Float[Array, " n"]:
+    """Weigh whitened points as draws of the proposal; NaN where there is no density."""
+    return jax.vmap(lambda u: logdensity_fn(u) - proposal.log_prob(u))(u)
+
+
+def _fresh_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture) -> Float[Array, " n"]:
     draws = jax.vmap(proposal.sample)(jax.random.split(key, _NUM_CHECKED))
-    return clean(jax.vmap(lambda u: logdensity_fn(u) - proposal.log_prob(u))(draws))
+    return clean(_weights(logdensity_fn, proposal, draws))
 
 
 def _quality(log_weight: Float[Array, " n"], dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -174,13 +178,13 @@ def _check(target: Target, searched: bool) -> Stage:
         dtype = points.dtype
         white = whiten(target, whitening)
 
-        log_weight = _log_weights(key, white.logdensity_fn, reference)
+        log_weight = _fresh_weights(key, white.logdensity_fn, reference)
         kept = _some(points, _NUM_KEPT) if searched else None
         fraction, khat = _quality(log_weight, dtype)
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
         outside = jnp.zeros((), bool)
         if kept is not None:
-            excess = jax.vmap(lambda u: white.logdensity_fn(u) - reference.log_prob(u))(kept)
+            excess = _weights(white.logdensity_fn, reference, kept)
             excess = jnp.nan_to_num(excess, nan=-jnp.inf) - log_evidence(log_weight)[0]
             outside = _outside(white.logdensity_fn, kept, excess)
             gradients += 2 * _NUM_HEAVY * _CLIMB_STEPS
