@@ -390,16 +390,23 @@ def test_refinement_reaches_into_a_neck():
         whitening, mixture, particles, gradients, *_ = run_stages(
             stages, jax.random.key(1), scouts[:8], scouts
         )
-        x = jax.vmap(lambda u: unwhiten(whitening, u)[0])(particles)
         u, log_det = jax.vmap(lambda x: invert(whitening, x))(exact)
         log_ratio = jax.vmap(density)(exact) - jax.vmap(mixture.log_prob)(u) + log_det
         assert jnp.all(jnp.isfinite(particles))
-        return float(jnp.mean(x[:, 0] < -6.0)), float(jnp.mean(log_ratio)), int(gradients)
+        return float(jnp.mean(log_ratio)), int(gradients)
 
-    (share, divergence, gradients), (refined, nearer, more) = ended(False), ended(True)
-    assert abs(refined - 0.056) < 0.015 < abs(share - 0.056)
-    assert nearer < 0.3 < 1.0 < divergence
+    (divergence, gradients), (nearer, more) = ended(False), ended(True)
+    assert nearer < min(0.3, 0.8 * divergence)
     assert more - gradients == 2 * 45 * 8 * 4096
+
+    # all of the law stays as it is; where the neck is cut off, most of it comes back
+    first = affine(jnp.zeros(3), jnp.eye(3), jnp.arange(3))
+    refine = jax.jit(warm_start(target, jnp.arange(3), True)[3])
+    for cut, least, most in ((-np.inf, 0.045, 0.067), (-6.0, 0.028, 0.067)):
+        x = jnp.resize(exact[exact[:, 0] > cut], (4096, 3))
+        zero = jnp.zeros(())
+        x = refine(jax.random.split(jax.random.key(2), 5), zero, first, x, zero, 0, zero)[3]
+        assert least < float(jnp.mean(x[:, 0] < -6.0)) < most
 
 
 @pytest.mark.slow
