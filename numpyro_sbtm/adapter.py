@@ -28,7 +28,7 @@ from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments, logdensity
 from numpyro_sbtm.periodic import wrap
 from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
-from numpyro_sbtm.start import Precondition, find_start, with_step_size
+from numpyro_sbtm.start import Precondition, find_start, most_components, with_step_size
 from numpyro_sbtm.state import UNBATCHED, KernelState, Proposals, Training, WarmStart
 
 __all__ = ["LearnedKernel", "absolute"]
@@ -640,18 +640,22 @@ def absolute(log_weight: Any, state: KernelState) -> Any:
 def _structure(warm: WarmStart, local_kernel: str | None, alone: bool, own: bool) -> Structure:
     """Say what does nothing, for programs that are smaller and faster to compile.
 
-    Of the warm start, parts that are the identity, unless each chain has its ``own``, which may need them;
-    where its draws alone would do, ensembles of proposals, and all training if ``alone``; where they are
-    nearly exact, local moves if ``local_kernel`` is 'auto'. Where particles have not arrived everywhere,
-    draws of what they show do not see what is missing: then training and moves are needed.
+    Of the warm start, parts that are the identity and components without weight, unless each chain has its
+    ``own``, which may need them; where its draws alone would do, ensembles of proposals, and all training if
+    ``alone``; where they are nearly exact, local moves if ``local_kernel`` is 'auto'. Where particles have
+    not arrived everywhere, draws of what they show do not see what is missing: then training and moves are
+    needed.
     """
     if not not_jax_tracer(warm.khat):
         return Structure(None, True, True, True, False, True)
     margins, rotation = warm.whitening.margins, warm.reference.rotation
+    num_components = int(np.sum(np.isfinite(warm.reference.log_weight)))
+    if own and warm.points is not None:
+        num_components = max(len(warm.reference.log_weight), most_components(warm.reference.centre.shape[1]))
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
     exact = warm.sufficient() & (warm.ess_fraction > _EXACT)
     return Structure(
-        int(np.sum(np.isfinite(warm.reference.log_weight))),
+        num_components,
         margins is not None and (own or bool(np.any(margins.slope != 1.0))),
         rotation is not None and (own or bool(np.any(rotation != np.eye(rotation.shape[-1])))),
         not bool(warm.usable()),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.util import not_jax_tracer
 
-from numpyro_sbtm.core.mixture import Mixture, normal
-from numpyro_sbtm.core.population import better_mixture, with_wider
+from numpyro_sbtm.core.mixture import Mixture, max_components, normal
+from numpyro_sbtm.core.population import NUM_WIDER, better_mixture, with_wider
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.variational import dips_between
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
@@ -19,9 +19,9 @@ from numpyro_sbtm.moves import first_step_size
 from numpyro_sbtm.psis import judged_tail_index
 from numpyro_sbtm.stages import Stage, run_stages
 from numpyro_sbtm.state import WarmStart
-from numpyro_sbtm.warm_start import DENSE, warm_start
+from numpyro_sbtm.warm_start import DENSE, NUM_PARTICLES, warm_start
 
-__all__ = ["Precondition", "find_start", "with_step_size"]
+__all__ = ["Precondition", "find_start", "most_components", "with_step_size"]
 
 Precondition = str | tuple[Any, Any] | None
 """'auto', 'refined', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
@@ -92,6 +92,17 @@ def find_start(
     more = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
     more = more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
     return _bettered(key_many, target, more)
+
+
+def most_components(dim: int) -> int:
+    """Return how many components the mixture of any search in so few dimensions may have.
+
+    Examples:
+        >>> from numpyro_sbtm.start import most_components
+        >>> most_components(2), most_components(100)
+        (66, 4)
+    """
+    return max_components(NUM_PARTICLES, dim) + NUM_WIDER
 
 
 def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:

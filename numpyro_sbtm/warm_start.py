@@ -49,13 +49,13 @@ from numpyro_sbtm.moves import (
 )
 from numpyro_sbtm.stages import Stage
 
-__all__ = ["DENSE", "tempered_particles", "warm_start"]
+__all__ = ["DENSE", "NUM_PARTICLES", "tempered_particles", "warm_start"]
 
 _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
 _FAR = 20.0  # bound on where scouts lie, in whitened units
-_NUM_PARTICLES, _FEW_PARTICLES = 4096, 512
+NUM_PARTICLES, _FEW_PARTICLES = 4096, 512
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _MAX_TEMPERATURES = 80
@@ -71,7 +71,7 @@ _REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC trans
 
 
 def tempered_particles(
-    key: Key, target: Target, base: Mixture, num_particles: int = _NUM_PARTICLES, brief: bool = False
+    key: Key, target: Target, base: Mixture, num_particles: int = NUM_PARTICLES, brief: bool = False
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
@@ -312,7 +312,7 @@ def warm_start(
         return keys, found, first, _covering(jax.vmap(lambda x: invert(first, x)[0])(scouts))
 
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
-        num = _FEW_PARTICLES if brief else _NUM_PARTICLES
+        num = _FEW_PARTICLES if brief else NUM_PARTICLES
         return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base, num, brief)
 
     def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
@@ -482,7 +482,7 @@ def _mixture_of_modes(
     key: Key, target: Target, fits: LowRank, modes: Mode, there: Bool[Array, " K"]
 ) -> _Modes:
     """Describe polished modes in coordinates that whiten what they have in common."""
-    n, dim, dtype = _NUM_PARTICLES, target.dim, fits.loc.dtype
+    n, dim, dtype = NUM_PARTICLES, target.dim, fits.loc.dtype
     key_order, key_map, key_mixture = jax.random.split(key, 3)
     place = jax.random.permutation(key_order, n)
     basis = jnp.eye(dim, _RANK, dtype=dtype)

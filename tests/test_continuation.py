@@ -15,7 +15,10 @@ from numpyro.infer import MCMC
 from test_kernel_driver import make, one_kind_quickly
 
 from numpyro_sbtm import adapter, report
+from numpyro_sbtm.core.mixture import Mixture
+from numpyro_sbtm.core.whitening import affine
 from numpyro_sbtm.fingerprint import fingerprint
+from numpyro_sbtm.state import WarmStart
 
 WARMUP = 6
 
@@ -193,6 +196,32 @@ def test_chains_in_sequence_share_one_search_and_one_training(monkeypatch):
     assert kernel._run is None  # nothing of a run is left
     mcmc.run(random.key(1), y)  # another look
     assert len(searches) == 2
+
+
+def test_chains_with_samplers_of_their_own_keep_all_modes_that_each_of_them_found(monkeypatch):
+    def found_so_many(*args):
+        warm = next(finds)
+        finds_left.append(warm)
+        return warm
+
+    kernel = make("dis", potential_fn=_bowl, shared=False)
+    x = jnp.linspace(-3.0, 3.0, 64)[:, None]
+    finds, finds_left = iter([_found(x, num) for num in (1, 3)]), []
+    monkeypatch.setattr(adapter, "find_start", found_so_many)
+    state = kernel.init(random.split(random.key(0), 2), 1, {"a": jnp.zeros((2, 1))})
+    assert len(finds_left) == 2
+    weight = jnp.exp(state.training.warm.reference.log_weight)
+    np.testing.assert_allclose(jnp.sort(weight)[:, -3:], [[0, 0, 1], [1 / 3] * 3], atol=1e-6)
+    assert bool(jnp.isfinite(state.training.loss).all())
+
+
+def _found(x, num):
+    """What a search may have found in one dimension: so many modes."""
+    centre = jnp.linspace(-2.0, 2.0, num)[:, None] if num > 1 else jnp.zeros((1, 1))
+    mixture = Mixture(jnp.full(num, -jnp.log(num)), None, centre, jnp.ones((num, 1)))
+    zero = jnp.zeros(())
+    whitening = affine(jnp.zeros(1), jnp.eye(1))
+    return WarmStart(whitening, mixture, x, zero, zero, zero, zero > 1, None, jnp.zeros((), jnp.int32))
 
 
 # ------------------------------------------------------------------ sizes of log densities

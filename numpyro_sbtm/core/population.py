@@ -9,11 +9,12 @@ from numpyro_sbtm.core.mixture import Mixture, moments
 from numpyro_sbtm.core.target import Key, LogDensity
 from numpyro_sbtm.core.weights import clean, log_evidence
 
-__all__ = ["better_mixture", "with_wider"]
+__all__ = ["NUM_WIDER", "better_mixture", "with_wider"]
 
 _PRIOR_COUNT = 2.0  # draws that the covariance before counts for, per dimension
 _LEAST_SHARE = 0.01  # of a component that is there
 _WIDE_SHARES = 0.1, 0.1  # of the two wider components
+NUM_WIDER = len(_WIDE_SHARES)
 _SPREAD = 2.4  # their extra variance, in units of that of a squared norm's mean over the dimensions
 
 
@@ -48,7 +49,7 @@ def with_wider(mixture: Mixture, points: Float[Array, "n d"]) -> Mixture:
     reach = jnp.max(jnp.abs(points - mean), 0) / outermost
     wide = jnp.sqrt(1.0 + _SPREAD * jnp.sqrt(2.0 / dim)) * std
     stds = jnp.stack([jnp.maximum(reach, jnp.sqrt(std * wide)), wide])
-    one = jnp.broadcast_to(jnp.eye(dim, dtype=dtype), (num + 2, dim, dim))
+    one = jnp.broadcast_to(jnp.eye(dim, dtype=dtype), (num + NUM_WIDER, dim, dim))
     rotation = one if mixture.rotation is None else one.at[:num].set(mixture.rotation)
     shares = jnp.array(_WIDE_SHARES, dtype)
     return Mixture(
