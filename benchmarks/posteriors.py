@@ -121,11 +121,11 @@ def nuts(problem, seed):
 
 def _learned(problem, kernel, num_warmup, per_proposal, seed):
     mcmc, x, row = _chains(problem, kernel, num_warmup, seed)
-    found, training = report(mcmc), mcmc.last_state.training
+    found, learned = report(mcmc), mcmc.last_state.learned
     # a mixture's draws are one evaluation each where nothing was trained
-    each = 1 if training.algorithm is None else per_proposal
+    each = 1 if learned.params is None else per_proposal
     # four proposals; a local move of nine, and the weight of where it ends
-    per_draw = 4 * each + (0 if training.local_moves is None else 9 + each)
+    per_draw = 4 * each + (0 if learned.local_moves is None else 9 + each)
     return x, row | {
         "warmup_gradients": found.gradients,
         "draw_gradients": per_draw * NUM_CHAINS * NUM_DRAWS,

@@ -281,7 +281,9 @@ def _dissipation_error(problem, state):
 
 def _weighed(problem, algorithm, state, seed):
     """What fresh draws of the flow say, none of which it was trained on."""
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(seed + 2), state, problem.num_fresh)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(seed + 2), algorithm.parameters(state), problem.num_fresh
+    )
     log_weight = jnp.where(jnp.isfinite(draws.log_weight), draws.log_weight, -jnp.inf)
     found, error = log_evidence(log_weight)
     row = {

@@ -11,32 +11,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMC, MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_sbtm.chain import LearnedChain
 from numpyro_sbtm.checks import flag, function, one_of, optional, probability, shown, whole
-from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.core.algorithm import Algorithm, Draws
+from numpyro_sbtm.core.chain import Chain, ChainState
 from numpyro_sbtm.core.decay import Rays
-from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import log_variance_at
-from numpyro_sbtm.fingerprint import fingerprint
+from numpyro_sbtm.fingerprint import Fingerprint, fingerprint
+from numpyro_sbtm.kernel_state import KernelState, chain_axes
 from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments, logdensity
 from numpyro_sbtm.periodic import wrap
-from numpyro_sbtm.sequential import Run, Structure, keys_of_sequential_run
-from numpyro_sbtm.start import Precondition, find_start, most_components, with_step_size
-from numpyro_sbtm.state import UNBATCHED, KernelState, Proposals, Training, WarmStart
+from numpyro_sbtm.sampler import Method, Sampler, locate
+from numpyro_sbtm.sequential import Run, keys_of_sequential_run
+from numpyro_sbtm.start import Precondition, StartingPoints
+from numpyro_sbtm.state import Learned, Located
 
 __all__ = ["LearnedKernel", "absolute"]
 
 _ARRAY = object()  # stands for an array among a model's arguments
 _NUM_STARTS = 8
 _MOST_PARTICLES = 2**16
-_EXACT = 0.9  # effective fraction of the warm start above which draws need no local moves
 _MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room for another run
 
 
@@ -105,16 +106,16 @@ def _check_precondition(precondition: Precondition | AutoGuide, has_model: bool)
         )
 
 
-def _checked(state: Any) -> Proposals:
-    """Return a state's block of proposals, after a look at what it is."""
+def _checked(state: Any) -> tuple[Learned, ChainState]:
+    """Return what a state knows, after a look at what it is."""
     if not isinstance(state, KernelState):
         raise TypeError(
             f"`state` must be that of a run of this kernel, got {shown(state)}. "
             "Pass `mcmc.last_state` after `mcmc.run(...)`."
         )
-    if state.block is None:
+    if state.learned is None or state.chain is None:
         raise ValueError("`state` is that of a model without latent values: it has no sampler.")
-    return state.block
+    return state.learned, state.chain
 
 
 def _spare_memory_mappings() -> None:
@@ -137,23 +138,26 @@ def _spare_memory_mappings() -> None:
 def _compiled(use: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a use of a trained sampler for arrays among its arguments; sizes and flags stay as they are."""
 
-    @partial(jax.jit, static_argnums=2)
-    def of_arrays(key: Key, training: Training, others: tuple[Any, ...], arrays: list[Any]) -> Any:
+    @partial(jax.jit, static_argnums=3)
+    def of_arrays(
+        key: Key, learned: Learned, several: Any, others: tuple[Any, ...], arrays: list[Any]
+    ) -> Any:
         structure, *leaves = others
         remaining = iter(arrays)
         leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in leaves]
-        return use(key, training, *jax.tree.unflatten(structure, leaves))
+        return use(key, learned, several, *jax.tree.unflatten(structure, leaves))
 
-    def compiled(key: Key, training: Training, *arguments: Any) -> Any:
+    def compiled(key: Key, learned: Learned, several: Any, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         others = [_ARRAY if is_array else leaf for leaf, is_array in zip(leaves, array, strict=True)]
         arrays = [leaf for leaf, is_array in zip(leaves, array, strict=True) if is_array]
         try:
-            return of_arrays(key, training, (structure, *others), arrays)
+            return of_arrays(key, learned, several, (structure, *others), arrays)
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError, TypeError, ValueError):
             # a model that needs its data themselves, for `np.unique` or as a data frame: constants, then
-            return jax.jit(lambda key, training: use(key, training, *arguments))(key, training)
+            constant = lambda key, learned, several: use(key, learned, several, *arguments)  # noqa: E731
+            return jax.jit(constant)(key, learned, several)
 
     return compiled
 
@@ -211,8 +215,8 @@ class LearnedKernel(MCMCKernel):
         self._known: np.ndarray | None = None
 
     @abstractmethod
-    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
-        """Build the algorithm for a whitened target and its warm start."""
+    def _algorithm(self, target: Target, located: Located, num_warmup: int) -> Algorithm:
+        """Build the algorithm for a whitened target and what the search has found of it."""
 
     def _check_posterior(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
         """Refuse, before the search, what does not fit the dimension or needs more than the density has."""
@@ -278,8 +282,9 @@ class LearnedKernel(MCMCKernel):
                 own = jax.tree.map(lambda leaf, c=c: leaf[c : c + 1], init_params)
                 # batched, a choice between two ways to propose would always take both
                 states.append(self._init_system(key, own, run, several=True))
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-            state = stacked._replace(**{field: getattr(states[0], field) for field in UNBATCHED})
+            stack = lambda axis, *leaves: leaves[0] if axis is None else jnp.stack(leaves)  # noqa: E731
+            none = lambda axis: axis is None  # noqa: E731
+            state = jax.tree.map(stack, chain_axes(states[0]), *states, is_leaf=none)
         self._set_up = True
         return state
 
@@ -303,10 +308,9 @@ class LearnedKernel(MCMCKernel):
         Raises:
             ValueError: for the state of another number of chains, or of a model of other size.
         """
-        if isinstance(state, KernelState) and state.training is None:  # a model without latent values
+        if isinstance(state, KernelState) and state.learned is None:  # a model without latent values
             return state._replace(i=state.i + 1)
-        block = _checked(state)
-        assert state.training is not None
+        learned, chain = _checked(state)
         num_keys = () if is_prng_key(state.rng_key) else (len(state.rng_key),)
         if num_keys != state.log_weight.shape:
             chains, given = (shape[0] if shape else 1 for shape in (state.log_weight.shape, num_keys))
@@ -315,23 +319,78 @@ class LearnedKernel(MCMCKernel):
                 "Pass as many keys, or the same `num_chains` and `chain_method` as in warm-up."
             )
         problem = self._problem_of(model_args, model_kwargs, state)
-        dim, known = problem.starts.shape[1], block.x.shape[-1]
+        dim, known = problem.starts.shape[1], chain.point.x.shape[-1]
         if dim != known:
             raise ValueError(
                 f"`post_warmup_state` has {known} latent values, the model {dim} with these arguments: "
                 "it belongs to another model or to data of another size. Run warm-up again."
             )
-        step = partial(
-            self._chain(problem).sample,
-            args=model_args,
-            kwargs=model_kwargs,
-            data=fingerprint(model_args, model_kwargs),
-        )
-        if state.training.num_steps.ndim:
-            # what decides on a step stays unbatched: else every draw would pay for a training step
-            axes = KernelState._make(None if name in UNBATCHED else 0 for name in KernelState._fields)
+        data = fingerprint(model_args, model_kwargs)
+        step = partial(self._iterate, problem=problem, args=model_args, kwargs=model_kwargs, data=data)
+        if learned.num_steps.ndim:
+            axes = chain_axes(state)
             step = jax.vmap(step, in_axes=(axes,), out_axes=axes)
         return step(state)
+
+    def _iterate(
+        self,
+        state: KernelState,
+        problem: Problem,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        data: Fingerprint,
+    ) -> KernelState:
+        """Make a draw, by one trained sampler; in warm-up do nothing."""
+        learned, chain = _checked(state)
+        over = jax.vmap if state.log_weight.shape else lambda function: function
+
+        def draw() -> KernelState:
+            keys = over(jax.random.split)(state.rng_key)
+            rng_key, key = (over(lambda own, k=k: own[k])(keys) for k in range(2))
+            # what it was trained for is surely what it is run for where both are known to be the same
+            same = self._known is not None and not_jax_tracer(data) and np.array_equal(self._known, data)
+            foreign = None if same else jnp.any(learned.data != data)
+            rekeyed = jnp.any(jax.random.key_data(state.rng_key) != state.next_key)
+            chains = self._chains(self._sampler(problem, learned, args, kwargs), chain.several, foreign)
+            new, info = chains.step(key, chain, restart=jnp.any(data != state.data), refill=rekeyed)
+            first = new.num_draws == 1
+            mean = jnp.where(first, 0.0, state.mean_accept_prob)
+            drawn = state._replace(
+                z=over(problem.unravel)(new.point.x),
+                potential_energy=-new.point.logdensity - learned.offset,
+                log_weight=new.point.log_weight,
+                accept_prob=info.acceptance,
+                mean_accept_prob=mean + (info.acceptance - mean) / new.num_draws,
+                diverging=info.nonfinite > 0,
+                nonfinite_proposals=jnp.where(first, 0, state.nonfinite_proposals) + info.nonfinite,
+                chain=new,
+                data=data,
+                rng_key=rng_key,
+            )
+            return _like(drawn, state)
+
+        new = jax.lax.cond(state.i < learned.loss.shape[-1], lambda: state, draw)
+        return new._replace(i=state.i + 1, next_key=jax.random.key_data(new.rng_key))
+
+    def _sampler(
+        self, problem: Problem, learned: Learned, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Sampler:
+        """Bind what was learned to the posterior that it draws for."""
+        return Sampler(self._target(problem, learned.offset, args, kwargs), self._method(), learned)
+
+    def _target(
+        self, problem: Problem, offset: Float[Array, ""], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Target:
+        log_density = logdensity(problem, args, kwargs, self._forward_mode)
+        return Target(lambda x: log_density(x) - offset, problem.starts.shape[1])
+
+    def _chains(self, sampler: Sampler, several: Any, foreign: Any = None) -> Chain:
+        return sampler.chain(
+            steps_per_draw=self._steps_per_draw,
+            block_size=self._block_size,
+            doubtful=several is not None,
+            foreign=foreign,
+        )
 
     def propose(
         self,
@@ -340,7 +399,7 @@ class LearnedKernel(MCMCKernel):
         rng_key: Key,
         model_args: tuple[Any, ...] = (),
         model_kwargs: dict[str, Any] | None = None,
-    ) -> Proposals:
+    ) -> Draws:
         """Draw fresh proposals with exact weights from a trained state.
 
         Args:
@@ -351,8 +410,8 @@ class LearnedKernel(MCMCKernel):
             model_kwargs: keyword arguments of the model.
 
         Returns:
-            Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler;
-            their log weights in float64.
+            Proposals with leading axis ``[n]``, or ``[chains, n]`` where each chain has its own sampler,
+            points of the flattened unconstrained space; log weights and log densities in float64.
 
         Raises:
             TypeError: for what is no state of it, no number of proposals, or no key.
@@ -360,7 +419,10 @@ class LearnedKernel(MCMCKernel):
         """
         num_proposals = whole("num_proposals", num_proposals)
         proposals = self._use("propose", state, rng_key, num_proposals, model_args, model_kwargs)
-        return proposals._replace(log_weight=absolute(proposals.log_weight, state))
+        return proposals._replace(
+            log_weight=absolute(proposals.log_weight, state),
+            logdensity=absolute(proposals.logdensity, state),
+        )
 
     def weigh(
         self,
@@ -377,7 +439,7 @@ class LearnedKernel(MCMCKernel):
 
         Args:
             state: ``mcmc.last_state``, from any chain method.
-            x: points of the flattened unconstrained space, as `Proposals.x`, shape ``[n, d]``.
+            x: points of the flattened unconstrained space, as `Draws.x`, shape ``[n, d]``.
             rng_key: random key.
             model_args: positional arguments of the model.
             model_kwargs: keyword arguments of the model.
@@ -394,11 +456,11 @@ class LearnedKernel(MCMCKernel):
         Reference:
             EUBO: Blessing et al. (2024), Beyond ELBOs, arXiv:2406.07423, section 4.
         """
-        like = _checked(state).x
+        like = _checked(state)[1].block.x
         if jnp.ndim(x) != 2 or jnp.shape(x)[1] != like.shape[-1] or not len(x):
             raise ValueError(
                 f"`x` must be points of the flattened unconstrained space, [n, {like.shape[-1]}], got shape "
-                f"{list(jnp.shape(x))}. `propose` gives such points, `Proposals.x`."
+                f"{list(jnp.shape(x))}. `propose` gives such points, `Draws.x`."
             )
         x = jnp.asarray(x, like.dtype)
         return absolute(self._use("weigh", state, rng_key, x, model_args, model_kwargs), state)
@@ -438,22 +500,34 @@ class LearnedKernel(MCMCKernel):
         model_kwargs: dict[str, Any] | None,
     ) -> Any:
         """Use every trained sampler of a state, by a compiled function."""
-        _checked(state)
+        learned, chain = _checked(state)
         if not is_prng_key(rng_key):
             raise TypeError(
                 f"`rng_key` must be a random key, got {shown(rng_key)}. Pass `jax.random.key(0)`."
             )
         kwargs = {} if model_kwargs is None else model_kwargs
-        assert state.training is not None
         problem = self._problem_of(model_args, kwargs, state)
         use = self._uses.get(name)
         if use is None:
-            use = self._uses[name] = _compiled(getattr(self._chain(problem), name))
-        if not state.training.num_steps.ndim:
-            return use(rng_key, state.training, what, model_args, kwargs)
-        keys = jax.random.split(rng_key, len(state.training.num_steps))
+
+            def of_sampler(  # type: ignore[no-untyped-def]
+                key, learned, several, what, args, kwargs
+            ):
+                use = getattr(self._sampler(problem, learned, args, kwargs), name)
+                return use(key, *what) if name == "rays" else use(key, what, several)
+
+            use = self._uses[name] = _compiled(of_sampler)
+        if not learned.num_steps.ndim:
+            return use(rng_key, learned, chain.several, what, model_args, kwargs)
+        keys = jax.random.split(rng_key, len(learned.num_steps))
         per_chain = [
-            use(key, jax.tree.map(lambda leaf, c=c: leaf[c], state.training), what, model_args, kwargs)
+            use(
+                key,
+                *jax.tree.map(lambda leaf, c=c: leaf[c], (learned, chain.several)),
+                what,
+                model_args,
+                kwargs,
+            )
             for c, key in enumerate(keys)
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_chain)
@@ -523,15 +597,14 @@ class LearnedKernel(MCMCKernel):
         self._remember(problem, args, kwargs)
         return problem
 
-    def _chain(self, problem: Problem) -> LearnedChain:
-        return LearnedChain(
-            problem,
-            self._algorithm,
+    def _method(self) -> Method:
+        return Method(
+            algorithm=self._algorithm,
             local=self._local_move(),
             corrected=self._correction is not None,
             shorten=self._shortens,
-            forward_mode=self._forward_mode,
-            known=self._known,
+            quiet=self._local_kernel == "auto",
+            always_train=self._always_train,
         )
 
     def _init_system(self, rng_key: Key, init_params: Any, run: Run, *, several: bool = False) -> KernelState:
@@ -541,61 +614,86 @@ class LearnedKernel(MCMCKernel):
         over = jax.vmap if chains else lambda function: function
         split = over(jax.random.split)(rng_key)
         key_system, keys = (over(lambda own, k=k: own[k])(split) for k in range(2))
-        key_problem, key_guide, key_start, key_local, key_train = jax.random.split(
-            key_system[0] if chains else key_system, 5
-        )
+        key_problem, key_learn = jax.random.split(key_system[0] if chains else key_system)
         problem = self._make_problem(key_problem, init_params, args, kwargs, chains[0] if chains else 1)
         self._remember(problem, args, kwargs)
-        data, dim = fingerprint(args, kwargs), problem.starts.shape[1]
-        if not dim:
+        data = fingerprint(args, kwargs)
+        if not problem.starts.shape[1]:
             return _without_latents(problem, rng_key, chains, run, data)
         if run.num_warmup < 1:
             raise ValueError(
                 f"`num_warmup` must be at least 1, got {run.num_warmup}: the sampler is trained during "
                 "warm-up. To go on from a trained one, set `mcmc.post_warmup_state`."
             )
+        self._known = data if isinstance(data, np.ndarray) else None
+        if run.learned is None:
+            learned = self._learn(
+                key_learn, problem, run, data, own=not self._shared and (several or run.keys is not None)
+            )
+            if run.keys is not None and self._shared:
+                run.learned = learned._replace(gradients=jnp.zeros_like(learned.gradients))
+        else:  # paid for by the first chain
+            learned = run.learned
+        assert run.structure is not None
+        doubtful = not several and run.structure.doubtful and self._smc_particles > 1 and problem.small
+        return self._first_state(problem, learned, keys, run, data, doubtful)
+
+    def _learn(self, key: Key, problem: Problem, run: Run, data: Fingerprint, *, own: bool) -> Learned:
+        """Look for the posterior, and train where draws from what was found are not good enough."""
+        args, kwargs = run.model_args, run.model_kwargs
         density = logdensity(problem, args, kwargs, self._forward_mode)
         self._check_posterior(density, problem.starts[0])
-        self._known = data if isinstance(data, np.ndarray) else None
-        chain = self._chain(problem)
-        if run.training is None:
-            target = chain.target(jnp.asarray(problem.offset), args, kwargs)
-            precondition = self._whitening(key_guide, problem, args, kwargs)
-            order = jnp.asarray(problem.order)
-            warm = find_start(key_start, target, problem.starts, problem.scouts, order, precondition)
-            own = not self._shared and (several or run.keys is not None)
-            # states of chains with samplers of their own are stacked: either all are trained or none
-            alone = not own and not self._always_train and self._correction is not None
-            run.structure = run.structure or _structure(warm, self._local_kernel, alone, own)
-            warm = _simplified(warm, run.structure)
-            if chain.local is not None:
-                # moves that are made for other data only need no better one
-                warm = with_step_size(key_local, target, warm, chain.local, adapted=not run.structure.still)
-        else:
-            warm = run.training.warm
-        assert run.structure is not None
-        rounds = max(1, self._block_size // ((chains[0] if chains else 1) * self._steps_per_draw))
-        state = chain.init(
-            keys,
-            warm,
-            args,
-            kwargs,
+        key_guide, key_locate, key_train = jax.random.split(key, 3)
+        offset = jnp.asarray(problem.offset, problem.starts.dtype)
+        sampler, run.structure = locate(
+            key_locate,
+            self._target(problem, offset, args, kwargs),
+            self._method(),
+            StartingPoints(problem.starts, problem.scouts, jnp.asarray(problem.order)),
+            self._whitening(key_guide, problem, args, kwargs),
             run.num_warmup,
-            (*chains, rounds, self._steps_per_draw),
-            doubtful=not several and run.structure.doubtful and self._smc_particles > 1,
-            still=run.structure.still,
-            data=data,
+            own=own,
+            structure=run.structure,
         )
-        assert state.training is not None
-        if run.training is not None:  # paid for by the first chain
-            free = jnp.zeros_like(run.training.gradients)
-            return state._replace(training=run.training._replace(gradients=free))
-        if run.structure.learned:
-            run.train = run.train or jax.jit(partial(chain.trained, args=args, kwargs=kwargs))
-            state = state._replace(training=run.train(key_train, state.training))
-        if run.keys is not None and self._shared:
-            run.training = state.training
-        return state
+        learned = sampler.learned._replace(offset=offset, data=data)
+        if not run.structure.learned:
+            return learned
+        train = lambda key, learned: self._sampler(problem, learned, args, kwargs).trained(key).learned  # noqa: E731
+        run.train = run.train or jax.jit(train)
+        return run.train(key_train, learned)
+
+    def _first_state(
+        self, problem: Problem, learned: Learned, keys: Key, run: Run, data: Fingerprint, doubtful: bool
+    ) -> KernelState:
+        """Make the state before the first draw."""
+        args, kwargs = run.model_args, run.model_kwargs
+        z = problem.positions
+        energy = jax.jit(jax.vmap(problem.potential_gen(*args, **kwargs)))(z)
+        if is_prng_key(keys):
+            z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
+        over = jax.vmap if energy.ndim else lambda function: function
+        x = over(lambda value: ravel_pytree(value)[0])(z)
+        sampler = self._sampler(problem, learned, args, kwargs)
+        chain = self._chains(sampler, doubtful or None).init(x, -energy - learned.offset)
+        blank, zero = jnp.zeros_like(chain.point.log_weight), jnp.zeros((), jnp.int32)
+        state = KernelState(
+            i=zero,
+            z=z,
+            potential_energy=energy.astype(x.dtype),
+            log_weight=chain.point.log_weight,
+            accept_prob=blank,
+            mean_accept_prob=blank,
+            diverging=blank > 0,
+            nonfinite_proposals=blank.astype(jnp.int32),
+            learned=learned,
+            chain=chain,
+            data=data,
+            next_key=jax.random.key_data(keys),
+            rng_key=zero,
+        )
+        # a weakly typed leaf would turn strong in the first step, and a second program would be compiled
+        strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state)
+        return strong._replace(rng_key=keys)
 
     def _whitening(
         self, key: Key, problem: Problem, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
@@ -628,55 +726,21 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ]
 
 
-def absolute(log_weight: Any, state: KernelState) -> Any:
-    """Give log weights their offset back, in float64 where they are values."""
-    assert state.training is not None
-    offset: Any = state.training.offset
-    if not_jax_tracer(log_weight):
-        log_weight, offset = np.asarray(log_weight, np.float64), np.asarray(offset, np.float64)
-    return log_weight + (offset[:, None] if offset.ndim else offset)
+def absolute(log_density: Any, state: KernelState) -> Any:
+    """Give log densities or log weights their offset back, in float64 where they are values."""
+    assert state.learned is not None
+    offset: Any = state.learned.offset
+    if not_jax_tracer(log_density):
+        log_density, offset = np.asarray(log_density, np.float64), np.asarray(offset, np.float64)
+    return log_density + (offset[:, None] if offset.ndim else offset)
 
 
-def _structure(warm: WarmStart, local_kernel: str | None, alone: bool, own: bool) -> Structure:
-    """Say what does nothing, for programs that are smaller and faster to compile.
-
-    Of the warm start, parts that are the identity and components without weight, unless each chain has its
-    ``own``, which may need them; where its draws alone would do, ensembles of proposals, and all training if
-    ``alone``; where they are nearly exact, local moves if ``local_kernel`` is 'auto'. Where particles have
-    not arrived everywhere, draws of what they show do not see what is missing: then training and moves are
-    needed.
-    """
-    if not not_jax_tracer(warm.khat):
-        return Structure(None, True, True, True, False, True)
-    margins, rotation = warm.whitening.margins, warm.reference.rotation
-    num_components = int(np.sum(np.isfinite(warm.reference.log_weight)))
-    if own and warm.points is not None:
-        num_components = max(len(warm.reference.log_weight), most_components(warm.reference.centre.shape[1]))
-    # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    exact = warm.sufficient() & (warm.ess_fraction > _EXACT)
-    return Structure(
-        num_components,
-        margins is not None and (own or bool(np.any(margins.slope != 1.0))),
-        rotation is not None and (own or bool(np.any(rotation != np.eye(rotation.shape[-1])))),
-        not bool(warm.usable()),
-        local_kernel == "auto" and bool(exact),
-        not (alone and bool(warm.sufficient())),
-    )
-
-
-def _simplified(warm: WarmStart, structure: Structure) -> WarmStart:
-    """Drop components, margins and rotations that are not there."""
-    if structure.num_components is None:
-        return warm
-    reference, whitening = warm.reference, warm.whitening
-    # a single component is N(0, I): see `warm_start`
-    one = structure.num_components == 1
-    reference = normal(reference.centre.shape[1]) if one else largest(reference, structure.num_components)
-    if not structure.turned:
-        reference = reference._replace(rotation=None)
-    if whitening.margins is not None and not structure.margins:
-        whitening = whitening._replace(margins=None)
-    return warm._replace(reference=reference, whitening=whitening)
+def _like(new: KernelState, old: KernelState) -> KernelState:
+    """Give every leaf the type it had."""
+    zero = jnp.zeros((), jnp.int32)
+    same = lambda leaf, before: leaf.astype(before.dtype)  # noqa: E731
+    typed = jax.tree.map(same, new._replace(rng_key=zero), old._replace(rng_key=zero))
+    return typed._replace(rng_key=new.rng_key)
 
 
 def _without_latents(
@@ -696,10 +760,8 @@ def _without_latents(
         mean_accept_prob=blank + 1.0,
         diverging=jnp.zeros(chains, bool),
         nonfinite_proposals=jnp.zeros(chains, jnp.int32),
-        training=None,
-        block=None,
-        used=zero,
-        num_draws=zero,
+        learned=None,
+        chain=None,
         data=jnp.asarray(data),
         next_key=jax.random.key_data(rng_key),
         rng_key=rng_key,

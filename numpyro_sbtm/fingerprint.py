@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from numpyro.util import not_jax_tracer
 
 __all__ = ["Fingerprint", "fingerprint"]
 
@@ -45,7 +44,7 @@ def fingerprint(*arguments: Any) -> Fingerprint:
     """
     leaves, structure = jax.tree.flatten(arguments)
     # by NumPy where it can be: JAX would compile a program for every operation on every shape
-    xp = np if all(map(not_jax_tracer, leaves)) else jnp
+    xp = jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) else np
     total = _mixed(_LANES + np.uint32(zlib.crc32(str(structure).encode())))
     for place, leaf in enumerate(leaves):
         bits = _bits(xp, leaf)

@@ -50,7 +50,7 @@ from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
 from numpyro_sbtm.start import Precondition
-from numpyro_sbtm.state import WarmStart
+from numpyro_sbtm.state import Located
 
 __all__ = [
     "ANNEALINGS",
@@ -346,12 +346,12 @@ class DiffusionKernel(LearnedKernel):
                 f"{error} Use 'log-variance' or 'kl-log-derivative'."
             ) from error
 
-    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
+    def _algorithm(self, target: Target, located: Located, num_warmup: int) -> Algorithm:
         make = PROCESSES[self._process]
         if self._process == "dis":
             net = denoiser(
                 *self._net,
-                num_components=len(warm.reference.log_weight),
+                num_components=len(located.reference.log_weight),
                 num_scores=2 if self._look_ahead else 1,
             )
             process = dis(
@@ -359,14 +359,14 @@ class DiffusionKernel(LearnedKernel):
                 target.dim,
                 self._num_steps,
                 self._scale,
-                reference=warm.reference,
+                reference=located.reference,
                 look_ahead=self._look_ahead,
                 **self._clip,
             )
         else:
             net = NETS.get(self._process, lambda net: net)(denoiser(*self._net))
             process = make(net, target.dim, self._num_steps, self._scale, **self._clip)
-            process = rescaled(process, *moments(warm.reference))
+            process = rescaled(process, *moments(located.reference))
         divergence = DIVERGENCES[self._divergence](process)
         schedule = optax.cosine_decay_schedule(self._learning_rate, num_warmup, alpha=0.05)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -388,7 +388,7 @@ class DiffusionKernel(LearnedKernel):
             buffer_size=self._buffer_size,
             goal=self._goal,
             patience=self._patience,
-            endpoints=warm.points,
+            endpoints=located.points,
             smc_particles=self._smc_particles,
         )
 
@@ -614,11 +614,11 @@ class SBTMKernel(LearnedKernel):
                 f"are noisy by default, above {_MAX_FLOW_DIM}. Pass `noisy=False`, or no annealing."
             )
 
-    def _algorithm(self, target: Target, warm: WarmStart, num_warmup: int) -> Algorithm:
+    def _algorithm(self, target: Target, located: Located, num_warmup: int) -> Algorithm:
         num_maps = min(self._num_maps, num_warmup)
         # where the warm start had to look for the posterior's shape, or found it, it is not made wider
-        plain = len(warm.reference.log_weight) == 1 and warm.whitening.margins is None
-        scale = jnp.where(warm.near_exact(), 1.0, self._scale) if plain else 1.0
+        plain = len(located.reference.log_weight) == 1 and located.whitening.margins is None
+        scale = jnp.where(located.near_exact(), 1.0, self._scale) if plain else 1.0
         return sbtm(
             target,
             score_mlp(*self._net),
@@ -627,7 +627,7 @@ class SBTMKernel(LearnedKernel):
             steps_per_map=num_warmup // num_maps,
             duration=self._duration,
             tolerance=self._tolerance,
-            base=warm.reference._replace(std=scale * warm.reference.std),
+            base=located.reference._replace(std=scale * located.reference.std),
             noisy=self._is_noisy(target.dim),
             goal=self._goal,
             smc_particles=self._smc_particles,

@@ -15,11 +15,12 @@ from numpyro_sbtm import plots
 from numpyro_sbtm.adapter import LearnedKernel, absolute
 from numpyro_sbtm.checks import shown, whole
 from numpyro_sbtm.convergence import Convergence, convergence, site_name
+from numpyro_sbtm.core.algorithm import Draws
 from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.evidence import Estimate, from_chains, from_proposals, lower_bound
+from numpyro_sbtm.kernel_state import KernelState
 from numpyro_sbtm.psis import tail_index
-from numpyro_sbtm.state import KernelState, Proposals
 from numpyro_sbtm.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     if state is None:
         raise RuntimeError("`mcmc` has not been run: call `mcmc.run(...)` first.")
     num_proposals = whole("num_proposals", num_proposals, 100)
-    if state.training is None:
+    if state.learned is None:
         raise ValueError(
             "`mcmc` has run a model without latent values: there is nothing to judge. Its log evidence is "
             f"its log density, {-float(np.max(np.asarray(state.potential_energy)))}."
@@ -258,15 +259,15 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         rng_key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
         rng_key = jax.random.fold_in(rng_key, _KEY)
     key_proposals, key_rays = jax.random.split(rng_key)
-    samplers = np.size(state.training.num_steps)
+    samplers = np.size(state.learned.num_steps)
     each = -(-num_proposals // samplers)
     fresh = kernel.propose(state, each, key_proposals, mcmc._args, mcmc._kwargs)
     log_weight = np.asarray(fresh.log_weight).reshape(-1)
     measured = Measured(
         corrected=kernel.correction is not None,
-        ensemble=_any(state.training.ensemble),
-        searched=state.training.warm.points is not None,
-        trained=state.training.algorithm is not None,
+        ensemble=_any(state.chain.several),
+        searched=bool(np.all(np.asarray(state.learned.located.searched))),
+        trained=state.learned.params is not None,
         other_data=_other_data(state),
         chains=_chains(mcmc),
         acceptance=float(np.min(np.asarray(state.mean_accept_prob))),
@@ -274,7 +275,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         backward=_backward(mcmc),
         not_finite=float(np.mean(~np.isfinite(log_weight) & np.ravel(fresh.one_to_one))),
         folded=float(1.0 - np.mean(np.asarray(fresh.one_to_one))),
-        drift=float(np.max(np.asarray(state.training.warm.drift))),
+        drift=float(np.max(np.asarray(state.learned.located.drift))),
         improper=_improper(mcmc, fresh, key_rays),
     )
     return _summary(kernel, state, measured, log_weight)
@@ -284,8 +285,8 @@ def _summary(
     kernel: LearnedKernel, state: KernelState, measured: Measured, log_weight: Float[np.ndarray, " n"]
 ) -> Report:
     table = checks(measured)
-    assert state.training is not None  # else there is no report
-    training, chains, forward, backward = state.training, measured.chains, measured.forward, measured.backward
+    assert state.learned is not None  # else there is no report
+    learned, chains, forward, backward = state.learned, measured.chains, measured.forward, measured.backward
     elbo, left_out = lower_bound(log_weight, forward.log_evidence)
     return Report(
         draws=judge(table, "draws"),
@@ -306,16 +307,16 @@ def _summary(
         tail_ess=chains.tail_size,
         frozen=chains.frozen,
         improper=measured.improper,
-        warm_start_ess_fraction=float(np.min(np.asarray(training.warm.ess_fraction))),
-        warm_start_khat=float(np.max(np.asarray(training.warm.khat))),
+        warm_start_ess_fraction=float(np.min(np.asarray(learned.located.ess_fraction))),
+        warm_start_khat=float(np.max(np.asarray(learned.located.khat))),
         warm_start_drift=measured.drift,
-        training=np.asarray(training.loss),
-        training_steps=int(np.max(np.asarray(training.num_steps))),
-        skipped_updates=int(np.sum(np.asarray(training.skipped_updates))),
+        training=np.asarray(learned.loss),
+        training_steps=int(np.max(np.asarray(learned.num_steps))),
+        skipped_updates=int(np.sum(np.asarray(learned.skipped_updates))),
         ensemble=measured.ensemble,
         nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
         not_one_to_one=measured.folded,
-        gradients=int(np.sum(np.asarray(training.gradients))),
+        gradients=int(np.sum(np.asarray(learned.gradients))),
         correction=kernel.correction,
         log_weight=log_weight,
     )
@@ -327,8 +328,8 @@ def _any(flag: Any) -> bool:
 
 def _other_data(state: KernelState) -> bool:
     """Say whether the sampler was trained for other data than it draws for."""
-    assert state.training is not None
-    return bool(np.any(np.asarray(state.training.data) != np.asarray(state.data)))
+    assert state.learned is not None
+    return bool(np.any(np.asarray(state.learned.data) != np.asarray(state.data)))
 
 
 def _chains(mcmc: MCMC) -> Convergence:
@@ -343,7 +344,7 @@ def _backward(mcmc: MCMC) -> Estimate | None:
     return from_chains(absolute(log_weight, mcmc.last_state))
 
 
-def _improper(mcmc: MCMC, fresh: Proposals, key: Key) -> tuple[str, ...]:
+def _improper(mcmc: MCMC, fresh: Draws, key: Key) -> tuple[str, ...]:
     """Name the sites along which the density does not fall."""
     kernel, state = mcmc.sampler, mcmc.last_state
     x = fresh.x.reshape(-1, fresh.x.shape[-1])

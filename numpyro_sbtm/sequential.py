@@ -5,34 +5,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpyro.infer import MCMC
 
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.state import Training
+from numpyro_sbtm.sampler import Structure
+from numpyro_sbtm.state import Learned
 
-__all__ = ["Run", "Structure", "keys_of_sequential_run"]
-
-
-class Structure(NamedTuple):
-    """Which parts of a program are needed; states that are stacked must agree in it.
-
-    Attributes:
-        num_components: of the reference; None for all.
-        margins: whether the whitening has any.
-        turned: whether components of the reference have axes of their own.
-        doubtful: whether single proposals may turn out to be poor.
-        still: whether draws end without local moves, the warm start being nearly exact.
-        learned: whether anything is trained; else draws come from the warm start alone.
-    """
-
-    num_components: int | None
-    margins: bool
-    turned: bool
-    doubtful: bool
-    still: bool
-    learned: bool
+__all__ = ["Run", "keys_of_sequential_run"]
 
 
 @dataclass
@@ -46,7 +27,7 @@ class Run:
         keys: those of all chains where they run in sequence, else None.
         structure: of the first chain that was set up.
         train: the compiled training of one sampler.
-        training: what the first chain of a sequence learned, for all of them.
+        learned: what the first chain of a sequence found and trained, for the others, who pay nothing.
         num_set_up: chains of a sequence that were set up.
     """
 
@@ -55,8 +36,8 @@ class Run:
     model_kwargs: dict[str, Any]
     keys: Key | None = None
     structure: Structure | None = None
-    train: Callable[[Key, Training], Training] | None = None
-    training: Training | None = None
+    train: Callable[[Key, Learned], Learned] | None = None
+    learned: Learned | None = None
     num_set_up: int = 0
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 from jax.stages import Compiled, Lowered
-from numpyro.util import not_jax_tracer
 
-__all__ = ["Stage", "run_stages"]
+__all__ = ["Stage", "is_traced", "run_stages"]
 
 Stage = Callable[..., tuple[Any, ...]]
 
@@ -19,6 +18,11 @@ _QUICK_COMPILATION: dict[str, str | bool] = {
     "xla_backend_optimization_level": "1",
     "xla_cpu_use_fusion_emitters": False,
 }
+
+
+def is_traced(values: Any) -> bool:
+    """Say whether any leaf of a tree is traced, so that its value is not known."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def _compiled(lowered: Lowered) -> Compiled:
@@ -66,7 +70,7 @@ def run_stages(stages: Sequence[Stage], *values: Any, results: list[Any] | None 
         >>> float(run_stages(stages, jnp.arange(4.0))[0])
         1.5
     """
-    if not all(map(not_jax_tracer, jax.tree.leaves(values))):
+    if is_traced(values):
         for stage in stages:
             values = stage(*values)
             if results is not None:

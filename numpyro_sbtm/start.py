@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a posterior to what is known before training: where it is, and how good draws from there are."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.core.mixture import Mixture, max_components, normal
 from numpyro_sbtm.core.population import NUM_WIDER, better_mixture, with_wider
@@ -17,11 +17,11 @@ from numpyro_sbtm.core.whitening import Whitening, affine, whiten
 from numpyro_sbtm.local import LocalMove
 from numpyro_sbtm.moves import first_step_size
 from numpyro_sbtm.psis import judged_tail_index
-from numpyro_sbtm.stages import Stage, run_stages
-from numpyro_sbtm.state import WarmStart
+from numpyro_sbtm.stages import Stage, is_traced, run_stages
+from numpyro_sbtm.state import Located
 from numpyro_sbtm.warm_start import DENSE, NUM_PARTICLES, warm_start
 
-__all__ = ["Precondition", "find_start", "most_components", "with_step_size"]
+__all__ = ["Precondition", "StartingPoints", "find_start", "most_components", "with_step_size"]
 
 Precondition = str | tuple[Any, Any] | None
 """'auto', 'refined', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
@@ -40,14 +40,21 @@ _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
 _CLIMB_STEPS = 40
 
 
-def find_start(
-    key: Key,
-    target: Target,
-    starts: Float[Array, "s d"],
-    scouts: Float[Array, "m d"],
-    order: Int[Array, " d"],
-    precondition: Precondition,
-) -> WarmStart:
+class StartingPoints(NamedTuple):
+    """Where to look for a posterior.
+
+    Attributes:
+        starts: points of finite density, shape ``[s, d]``.
+        scouts: points that lie as widely as the posterior may, draws of the prior best, shape ``[m, d]``.
+        order: the coordinates, hyperparameters first, shape ``[d]``.
+    """
+
+    starts: Float[Array, "s d"]
+    scouts: Float[Array, "m d"]
+    order: Int[Array, " d"]
+
+
+def find_start(key: Key, target: Target, where: StartingPoints, precondition: Precondition) -> Located:
     """Look for the posterior, or take what is given, and judge draws from there.
 
     Few particles look first. Where draws from what they show are good, the particles have arrived, and none
@@ -58,23 +65,20 @@ def find_start(
     Args:
         key: random key.
         target: the posterior on the unconstrained space.
-        starts: points of finite density, shape ``[s, d]``.
-        scouts: points that lie as widely as the posterior may, shape ``[m, d]``.
-        order: the coordinates, hyperparameters first, shape ``[d]``.
+        where: points to look from.
         precondition: 'auto' or 'refined' to look for it (see `warm_start`), else the whitening itself.
 
     Returns:
-        The warm start, without a step size.
+        What was found, without a step size.
     """
     searched = isinstance(precondition, str)
-    check = _check(target, searched)
+    check, (starts, scouts, order) = _check(target, searched), where
     if not searched:
         assert not isinstance(precondition, str)
         return _judged(run_stages([_given(precondition), check], key, starts, scouts))
     refined = precondition == "refined"
     many = warm_start(target, order, refined)
-    traced = not (not_jax_tracer(key) and not_jax_tracer(starts))
-    if traced or target.dim > DENSE:
+    if is_traced((key, starts)) or target.dim > DENSE:
         return _judged(run_stages([*many, check], key, starts, scouts))
     key_few, key_many = jax.random.split(jax.random.fold_in(key, 1))
     if refined:
@@ -105,7 +109,7 @@ def most_components(dim: int) -> int:
     return max_components(NUM_PARTICLES, dim) + NUM_WIDER
 
 
-def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
+def _bettered(key: Key, target: Target, warm: Located) -> Located:
     """Let draws better the mixture, where their weights are not nearly equal, and judge it by fresh ones."""
     if target.dim > _MOST_TURNED or bool(jnp.isneginf(warm.khat)):
         return warm
@@ -140,13 +144,13 @@ def _quality(log_weight: Float[Array, " n"], dtype: Any) -> tuple[Float[Array, "
 
 
 def with_step_size(
-    key: Key, target: Target, warm: WarmStart, local: LocalMove, adapted: bool = True
-) -> WarmStart:
+    key: Key, target: Target, warm: Located, local: LocalMove, adapted: bool = True
+) -> Located:
     """Choose the step size of local moves; without adapting it, one that suits N(0, I)."""
     if not adapted:
         return warm._replace(step_size=first_step_size(warm.reference.centre))
 
-    def adapt(key: Key, warm: WarmStart) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    def adapt(key: Key, warm: Located) -> tuple[Float[Array, ""], Int[Array, ""]]:
         key_points, key_adapt = jax.random.split(key)
         if warm.points is None:
             points = jax.vmap(warm.reference.sample)(jax.random.split(key_points, _NUM_ADAPTING))
@@ -163,10 +167,11 @@ def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
     return points[:: max(1, len(points) // num)]
 
 
-def _judged(found: tuple[Any, ...]) -> WarmStart:
+def _judged(found: tuple[Any, ...]) -> Located:
     """Name what `_check` returned."""
     whitening, reference, points, fraction, khat, drift, gradients, outside = found
-    return WarmStart(whitening, reference, points, fraction, khat, drift, outside, None, gradients)
+    searched = jnp.asarray(np.array(points is not None))
+    return Located(whitening, reference, points, fraction, khat, drift, outside, None, gradients, searched)
 
 
 def _given(precondition: tuple[Any, Any] | None) -> Stage:

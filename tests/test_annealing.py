@@ -102,7 +102,9 @@ def test_annealed_flows_have_unbiased_weights(name):
     levels = levels[np.isfinite(levels)]
     assert levels[0] < 0.3 and np.all(np.diff(levels) >= 0) and state.level == 1.0
     assert int(jnp.argmin(state.divergence)) > 0
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(2), algorithm.parameters(state), 20_000
+    )
     log_z, error = log_evidence(draws.log_weight)
     assert 1e-3 < error < 0.1
     assert_within(log_z, 0.0, error)
@@ -119,7 +121,9 @@ def test_undefined_densities_are_left_out_of_the_divergence(path):
     annealing = None if path is None else PATHS[path]()
     algorithm, state = trained(target, 1.0, 10, 1.0, annealing=annealing, num_probes=4096, quasi=True)
     np.testing.assert_allclose(state.divergence[0], -norm.logcdf(1.0), atol=0.01)
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(2), algorithm.parameters(state), 20_000
+    )
     log_weight = jnp.where(jnp.isfinite(draws.log_weight), draws.log_weight, -jnp.inf)
     assert ess_fraction(log_weight) > 0.8
     log_z, error = log_evidence(log_weight)
@@ -175,7 +179,9 @@ def test_kernel_scores_need_no_training():
         state.dissipation.residual, 0.0, atol=0.05 * float(state.dissipation.fisher[0])
     )
     assert jnp.all(state.dissipation.trusted())
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(2), algorithm.parameters(state), 20_000
+    )
     log_z, error = log_evidence(draws.log_weight)
     assert 1e-4 < error < 0.02
     assert_within(log_z, near.log_z, error)
@@ -230,7 +236,9 @@ def test_scores_with_a_solved_output_layer_follow_the_exact_flow(heun):
     t, exact = np.array([0.0, 0.2, 0.5, 0.8]), np.array([2.5848, 1.4219, 0.6830, 0.3500])
     fisher = state.dissipation.fisher[np.round(t / 0.02).astype(int)]
     np.testing.assert_allclose(fisher, exact, rtol=0.04 if heun else 0.06)
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(2), algorithm.parameters(state), 20_000
+    )
     log_z, error = log_evidence(draws.log_weight)
     assert 1e-4 < error < 0.02
     assert_within(log_z, near.log_z, error)
@@ -255,7 +263,9 @@ def test_dissipation_of_a_normal_law_in_several_dimensions(dim):
     v = 1.0 - np.exp(-2.0 * (t + 0.1))
     np.testing.assert_allclose(state.dissipation.fisher, dim * (1.0 - v) ** 2 / v, rtol=0.05)
     # fresh draws follow: the divergence that is left is that of N(0, v I)
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(2), algorithm.parameters(state), 20_000
+    )
     v = 1.0 - np.exp(-2.0 * (0.12 + 0.1))
     left = 0.5 * dim * (v - 1.0 - np.log(v))
     np.testing.assert_allclose(-jnp.mean(draws.log_weight), left, rtol=0.05)
@@ -278,7 +288,9 @@ def test_fisher_information_alone_does_not_see_wrong_masses():
     made = int(jnp.sum(state.maps.step_size > 0))
     assert state.dissipation.fisher[made - 1] < 0.01
     assert state.divergence[made] > 0.05
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 8000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(2), algorithm.parameters(state), 8000
+    )
     shares = jax.vmap(unequal_pair().modes.membership)(draws.x)
     assert abs(jnp.mean(shares[:, 0]) - 0.25) > 0.1
     # weights see it, and repair it

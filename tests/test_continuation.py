@@ -14,11 +14,11 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
 from test_kernel_driver import make, one_kind_quickly
 
-from numpyro_sbtm import adapter, report
+from numpyro_sbtm import report, sampler
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.whitening import affine
 from numpyro_sbtm.fingerprint import fingerprint
-from numpyro_sbtm.state import WarmStart
+from numpyro_sbtm.state import Located
 
 WARMUP = 6
 
@@ -51,9 +51,9 @@ def test_a_state_weighed_under_other_data_is_weighed_anew(kind, jitted):
     assert abs(mu.mean() - 8 / 3) < 5 * (1 / 3 / ess) ** 0.5
     assert abs(mu.std() - (1 / 3) ** 0.5) < 5 * (1 / 3 / 2 / ess) ** 0.5
     new = mcmc.last_state
-    assert new.num_draws == 600  # counted anew
+    assert new.chain.num_draws == 600  # counted anew
     assert not np.array_equal(new.data, old.data)
-    np.testing.assert_array_equal(new.training.data, old.data)
+    np.testing.assert_array_equal(new.learned.data, old.data)
     assert report(mcmc, num_proposals=500).verdict != "reliable"
 
 
@@ -111,7 +111,7 @@ def test_continuations_share_nothing_and_need_no_more_training():
     y = np.zeros(2, np.float32)
     first = run(make("dis", conjugate, correction=None), y)
     state = first.last_state
-    assert state.used < state.block.x.shape[0]  # a part of the block is left
+    assert state.chain.used < state.chain.block.x.shape[0]  # a part of the block is left
     # an `MCMC` of longer warm-up takes the state as it is: it knows its own
     second = MCMC(first.sampler, num_warmup=200, num_samples=20, progress_bar=False)
     drawn = [first.get_samples()["mu"]]
@@ -119,7 +119,7 @@ def test_continuations_share_nothing_and_need_no_more_training():
         second.post_warmup_state = state
         second.run(random.key(seed), y)
         drawn.append(second.get_samples()["mu"])
-        assert second.last_state.training.num_steps == state.training.num_steps
+        assert second.last_state.learned.num_steps == state.learned.num_steps
     np.testing.assert_array_equal(drawn[1], drawn[3])  # one key, one run
     assert len(np.unique(np.concatenate(drawn[:3]))) == 60
 
@@ -165,7 +165,7 @@ def test_unpickled_runs_search_for_nothing(by, monkeypatch):
     mcmc.post_warmup_state = mcmc.last_state
     data = pickle.dumps(mcmc)
     mcmc.run(random.key(1), *args)
-    monkeypatch.setattr(adapter, "find_start", _no_search)
+    monkeypatch.setattr(sampler, "find_start", _no_search)
     again = pickle.loads(data)
     assert np.isfinite(report(again, num_proposals=500).log_evidence)
     again.run(random.key(1), *args)
@@ -178,18 +178,18 @@ def _bowl(z):
 
 def test_chains_in_sequence_share_one_search_and_one_training(monkeypatch):
     searches = []
-    find_start = adapter.find_start
-    monkeypatch.setattr(adapter, "find_start", lambda *args: searches.append(1) or find_start(*args))
+    find_start = sampler.find_start
+    monkeypatch.setattr(sampler, "find_start", lambda *args: searches.append(1) or find_start(*args))
     y = np.zeros(2, np.float32)
     kernel = make(
         "dis", conjugate, precondition=(np.full(1, 3.0), np.eye(1))
     )  # so far off that it must learn
     mcmc = run(kernel, y, num_chains=3, chain_method="sequential")
     assert len(searches) == 1
-    training = mcmc.last_state.training
-    gradients = np.asarray(training.gradients)
+    learned = mcmc.last_state.learned
+    gradients = np.asarray(learned.gradients)
     assert gradients[0] > 0 and not gradients[1:].any()
-    for leaf in jax.tree.leaves(training.algorithm):
+    for leaf in jax.tree.leaves(learned.params):
         np.testing.assert_array_equal(leaf, jnp.broadcast_to(leaf[:1], leaf.shape))
     drawn = mcmc.get_samples(group_by_chain=True)["mu"]
     assert len(np.unique(drawn)) > 40
@@ -207,12 +207,12 @@ def test_chains_with_samplers_of_their_own_keep_all_modes_that_each_of_them_foun
     kernel = make("dis", potential_fn=_bowl, shared=False)
     x = jnp.linspace(-3.0, 3.0, 64)[:, None]
     finds, finds_left = iter([_found(x, num) for num in (1, 3)]), []
-    monkeypatch.setattr(adapter, "find_start", found_so_many)
+    monkeypatch.setattr(sampler, "find_start", found_so_many)
     state = kernel.init(random.split(random.key(0), 2), 1, {"a": jnp.zeros((2, 1))})
     assert len(finds_left) == 2
-    weight = jnp.exp(state.training.warm.reference.log_weight)
+    weight = jnp.exp(state.learned.located.reference.log_weight)
     np.testing.assert_allclose(jnp.sort(weight)[:, -3:], [[0, 0, 1], [1 / 3] * 3], atol=1e-6)
-    assert bool(jnp.isfinite(state.training.loss).all())
+    assert bool(jnp.isfinite(state.learned.loss).all())
 
 
 def _found(x, num):
@@ -221,7 +221,8 @@ def _found(x, num):
     mixture = Mixture(jnp.full(num, -jnp.log(num)), None, centre, jnp.ones((num, 1)))
     zero = jnp.zeros(())
     whitening = affine(jnp.zeros(1), jnp.eye(1))
-    return WarmStart(whitening, mixture, x, zero, zero, zero, zero > 1, None, jnp.zeros((), jnp.int32))
+    none = jnp.zeros((), jnp.int32)
+    return Located(whitening, mixture, x, zero, zero, zero, zero > 1, None, none, jnp.ones((), bool))
 
 
 # ------------------------------------------------------------------ sizes of log densities

@@ -113,7 +113,9 @@ def test_training_that_makes_it_worse_is_undone():
     advance = jax.jit(algorithm.step)
     for k in range(5):
         state, _ = advance(jax.random.fold_in(key, k), state)
-    draw = jax.jit(algorithm.draw, static_argnums=2)
+    draw = jax.jit(
+        lambda key, state, n: algorithm.proposal.draw(key, algorithm.parameters(state), n), static_argnums=2
+    )
     blind = state._replace(progress=state.progress._replace(first=jnp.asarray(jnp.inf)))
     assert float(jnp.std(draw(key, blind, 100).log_weight)) > 1.0
     assert float(jnp.std(draw(key, state, 100).log_weight)) < 0.1
@@ -131,7 +133,7 @@ def test_training_that_leaves_no_finite_weight_is_undone():
         state, info = advance(jax.random.fold_in(key, k), state)
     assert float(info.loss) == 0.0  # no weight is left
     assert bool(state.progress.undone())
-    assert np.all(np.isfinite(algorithm.draw(key, state, 10).log_weight))
+    assert np.all(np.isfinite(algorithm.proposal.draw(key, algorithm.parameters(state), 10).log_weight))
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
@@ -371,7 +373,11 @@ def test_fresh_weights_of_exact_draws_have_inverse_mean_one_over_z():
     state = state._replace(average=shaken(2, size=0.02)[1])
     draws = target.sample(jax.random.key(1), 40_000)
     keys = jax.random.split(jax.random.key(2), len(draws))
-    inverse = jnp.exp(-jax.jit(jax.vmap(lambda key, x: algorithm.weigh(key, state, x)))(keys, draws))
+    inverse = jnp.exp(
+        -jax.jit(jax.vmap(lambda key, x: algorithm.proposal.weigh(key, algorithm.parameters(state), x)))(
+            keys, draws
+        )
+    )
     assert float(jnp.std(inverse)) > 0.1
     assert_within(jnp.mean(inverse), 1.0, jnp.std(inverse) / np.sqrt(len(draws)))
 

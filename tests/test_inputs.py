@@ -949,7 +949,7 @@ def test_proposals_and_weights_check_their_arguments(finished):
     for x in (np.ones(2), np.ones((3, 3)), np.ones((0, 2)), 1.0):
         with pytest.raises(ValueError, match=r"`x` must be points .*\[n, 2\], got shape .*`propose`"):
             kernel.weigh(state, x, key)
-    for wrong in (None, (1, 2), state.training):
+    for wrong in (None, (1, 2), state.learned):
         with pytest.raises(TypeError, match=r"`state` must be that of a run .*mcmc.last_state"):
             kernel.propose(wrong, 3, key)
         with pytest.raises(TypeError, match=r"`state` must be that of a run .*mcmc.last_state"):

@@ -214,14 +214,14 @@ def test_potential_functions_of_any_pytree(kind, shape):
 
 @one_kind_quickly
 def test_local_moves_come_by_default_where_the_warm_start_is_poor(kind):
-    def training(**options):
-        return make(kind, normal, **options).init(random.key(0), 4, None, (), {}).training
+    def learned(**options):
+        return make(kind, normal, **options).init(random.key(0), 4, None, (), {}).learned
 
     # N(0, 1) needs no warm start; a step size is kept for other data all the same
-    assert training().local_moves is None and training().warm.step_size > 0
-    assert training(local_kernel="hmc").local_moves is not None
-    assert training(precondition=(np.zeros(1), 5.0 * np.eye(1))).local_moves is not None
-    assert training(local_kernel=None).warm.step_size is None
+    assert learned().local_moves is None and learned().located.step_size > 0
+    assert learned(local_kernel="hmc").local_moves is not None
+    assert learned(precondition=(np.zeros(1), 5.0 * np.eye(1))).local_moves is not None
+    assert learned(local_kernel=None).located.step_size is None
 
 
 # ------------------------------------------------------------------ starts; test_inputs has more

@@ -148,7 +148,7 @@ def test_every_chain_method_gives_valid_chains_and_fields(method, kind):
     state = mcmc.last_state
     shared = method == "shared"
     assert not is_prng_key(state.rng_key)  # one for every chain
-    assert state.training.loss.shape == ((WARMUP,) if shared else (chains, WARMUP))
+    assert state.learned.loss.shape == ((WARMUP,) if shared else (chains, WARMUP))
     assert np.all(np.asarray(state.i) == WARMUP + 20)
     if shared:  # the same kernel again, for data of another shape and a model of other sites
         offset = np.arange(5, dtype=np.float32)
@@ -195,8 +195,8 @@ def test_a_run_continues_without_training_again(trained):
     state = trained.mcmc.last_state
     assert trained.state.i == WARMUP + DRAWS
     assert state.i == WARMUP + 2 * DRAWS  # the last run too started from `trained.state`
-    assert np.all(np.isfinite(trained.state.training.loss[:4]))
-    assert_same_tree(trained.state.training, state.training)
+    assert np.all(np.isfinite(trained.state.learned.loss[:4]))
+    assert_same_tree(trained.state.learned, state.learned)
     assert not np.array_equal(trained.more["mu"], trained.mcmc.get_samples()["mu"])  # two keys
 
 
@@ -212,7 +212,7 @@ def test_warmup_then_run_is_run_and_thinning_takes_every_third(trained):
     assert mcmc.post_warmup_state.i == WARMUP
     mcmc.run(mcmc.post_warmup_state.rng_key, Y)
     assert_same_tree(mcmc.get_samples(), {k: v[2::3] for k, v in trained.samples.items()})
-    assert_same_tree(mcmc.last_state.training, trained.state.training)
+    assert_same_tree(mcmc.last_state.learned, trained.state.learned)
     mcmc.run(random.key(5), Y)
     assert not np.any(np.isin(mcmc.get_samples()["mu"], trained.samples["mu"]))
 
@@ -312,7 +312,7 @@ for kind in t.KINDS:
     mcmc.run(random.key(0), t.Y.astype(float), extra_fields=("log_weight", "potential_energy"))
     drawn = jax.tree.leaves((mcmc.get_samples(), mcmc.get_extra_fields()))
     assert all(np.isfinite(leaf).all() for leaf in drawn)
-    for leaves in (drawn, jax.tree.leaves(mcmc.last_state.training)):
+    for leaves in (drawn, jax.tree.leaves(mcmc.last_state.learned)):
         print(kind, {str(leaf.dtype) for leaf in leaves if np.issubdtype(leaf.dtype, np.floating)})
 """
 

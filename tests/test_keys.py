@@ -70,9 +70,10 @@ def test_algorithms_use_no_key_twice(name):
     state = jax.eval_shape(algorithm.init, key)
     key_reuse.check_key_reuse(algorithm.init, key)
     key_reuse.check_key_reuse(algorithm.step, key, state)
-    for one in (algorithm, algorithm.ensemble):
-        key_reuse.check_key_reuse(lambda key, state, one=one: one.draw(key, state, 3), key, state)
-        key_reuse.check_key_reuse(one.weigh, key, state, x)
+    params = jax.eval_shape(algorithm.parameters, state)
+    for one in (algorithm.proposal, algorithm.several):
+        key_reuse.check_key_reuse(lambda key, params, one=one: one.draw(key, params, 3), key, params)
+        key_reuse.check_key_reuse(one.weigh, key, params, x)
 
 
 def test_the_check_finds_a_key_that_is_used_twice():

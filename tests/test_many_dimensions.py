@@ -260,5 +260,5 @@ def test_both_signs_of_an_item_response_model():
     share = np.mean(np.sum(np.asarray(mcmc.get_samples()["a"]), 1) > 0)
     assert abs(share - 0.5) < 0.05
     # no estimate of one mode's evidence is at hand; the mixture has both in equal parts
-    mass = jnp.exp(mcmc.last_state.training.warm.reference.log_weight)
+    mass = jnp.exp(mcmc.last_state.learned.located.reference.log_weight)
     np.testing.assert_allclose(mass, 0.5, atol=0.05)

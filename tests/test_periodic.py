@@ -229,7 +229,7 @@ def test_a_whitening_around_another_period_is_turned_back():
     loc = jnp.array([jnp.log(11.0), 3.03 - 2 * np.pi])
     kernel = KERNELS["dis"](angles, precondition=(loc, jnp.diag(jnp.array([0.35, 0.08]))), num_steps=4)
     state = kernel.init(jax.random.key(0), 10, None, (ANGLES,), {})
-    assert state.training.warm.ess_fraction > 0.7
+    assert state.learned.located.ess_fraction > 0.7
 
 
 @pytest.mark.parametrize("traced", ["key", "data", "closure"])

@@ -384,7 +384,7 @@ def test_a_buffer_holds_ends_by_weight():
         state, info = step(jax.random.key(2 + k), state)
     assert bool(jnp.all(jnp.isfinite(state.buffer))) and bool(jnp.isfinite(info.loss))
     # an untrained process: its ends have another law, but the buffer that of the target
-    plain = algorithm.draw(jax.random.key(9), state, 6000).x
+    plain = algorithm.proposal.draw(jax.random.key(9), algorithm.parameters(state), 6000).x
     mean, cov = jnp.array([0.5, -1.0]), np.array([[1.0, 0.8], [0.8, 1.5]])
     assert float(jnp.max(jnp.abs(jnp.mean(plain, 0) - mean))) > 0.3
     # resampled draws repeat: twice the error of independent ones
@@ -445,7 +445,9 @@ def test_looking_ahead_makes_proposals_of_a_skewed_target_better():
         state, _ = jax.jit(lambda state: jax.lax.scan(advance, state, keys))(  # noqa: B023
             algorithm.init(jax.random.key(0))
         )
-        draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(2), state, 8192)
+        draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+            jax.random.key(2), algorithm.parameters(state), 8192
+        )
         log_z, error = log_evidence(draws.log_weight)
         assert_within(log_z, 0.0, error)
         left.append(float(jnp.var(draws.log_weight)))

@@ -75,7 +75,9 @@ def test_the_inverse_exists_where_it_is_claimed(flow):
 
 def test_fresh_draws_have_mean_weight_z(flow):
     algorithm, state, _ = flow
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(3), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(3), algorithm.parameters(state), 20_000
+    )
     assert bool(jnp.all(draws.one_to_one))
     log_z, se = log_evidence(draws.log_weight)
     assert se > 1e-3
@@ -98,7 +100,9 @@ def test_gaussians_need_no_network():
     variance = np.ones(2)
     for _ in range(100):  # x ↦ (1 + h (1/V - 1/v)) x
         variance = variance * (1 + 0.02 * (1 / variance - 1 / np.array([0.25, 4.0]))) ** 2
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(1), algorithm.parameters(state), 20_000
+    )
     found = draws.x.var(0)
     np.testing.assert_allclose(found, variance, rtol=0.05)
     # with noise, and the velocities that are right for this law, the marginals are the same
@@ -124,7 +128,9 @@ def test_preconditioned_particles_relax_at_one_rate_in_all_directions():
     variance = np.ones(2)
     for step_size in np.asarray(state.maps.step_size):
         variance = variance * (1 + step_size * (1 - variance / np.array([0.25, 4.0]))) ** 2
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(1), algorithm.parameters(state), 20_000
+    )
     np.testing.assert_allclose(draws.x.var(0), variance, rtol=0.05)
     log_z, se = log_evidence(draws.log_weight)
     assert_within(log_z, 0.0, max(float(se), 1e-4))
@@ -184,12 +190,16 @@ def test_heun_maps_are_exact_and_counted():
     """Fresh draws through maps of two velocities have weights of mean Z, and are carried back."""
     algorithm, state, info = trained(two_modes(), base=standard_normal(2, 1.5), heun=True)
     assert float(jnp.max(jnp.abs(state.maps.second.params - state.maps.params))) > 1e-3
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(3), state, 20_000)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(3), algorithm.parameters(state), 20_000
+    )
     assert bool(jnp.all(draws.one_to_one))
     log_z, se = log_evidence(draws.log_weight)
     assert se > 1e-3
     assert_within(log_z, 0.0, se)
-    found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x[:100])
+    found = jax.jit(
+        jax.vmap(lambda x: algorithm.proposal.weigh(jax.random.key(0), algorithm.parameters(state), x))
+    )(draws.x[:100])
     np.testing.assert_allclose(found, draws.log_weight[:100], rtol=1e-9, atol=1e-9)
     assert info.gradients == 2 * (512 + 1024)
     # a step that is due for a map, from a network that is not finite: both of its fits are skipped
@@ -204,9 +214,13 @@ def test_heun_maps_stay_one_to_one_where_the_second_velocity_is_steep():
     """At level zero the first velocity vanishes, and the second one is that of a narrow law."""
     narrow = gaussian(np.zeros(2), 0.01 * np.eye(2))
     algorithm, state, _ = trained(narrow, 10, num_maps=10, steps_per_map=1, annealing=geometric(), heun=True)
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(3), state, 200)
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(3), algorithm.parameters(state), 200
+    )
     assert bool(jnp.all(draws.one_to_one))
-    found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x)
+    found = jax.jit(
+        jax.vmap(lambda x: algorithm.proposal.weigh(jax.random.key(0), algorithm.parameters(state), x))
+    )(draws.x)
     np.testing.assert_allclose(found, draws.log_weight, rtol=1e-6, atol=1e-6)
 
 
@@ -285,8 +299,10 @@ def test_score_loss_is_least_at_the_particles_score(dim):
 
 def test_weights_of_given_points_are_those_of_draws(flow):
     algorithm, state, _ = flow
-    draws = jax.jit(lambda: algorithm.draw(jax.random.key(3), state, 100))()
-    found = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))(draws.x)
+    draws = jax.jit(lambda: algorithm.proposal.draw(jax.random.key(3), algorithm.parameters(state), 100))()
+    found = jax.jit(
+        jax.vmap(lambda x: algorithm.proposal.weigh(jax.random.key(0), algorithm.parameters(state), x))
+    )(draws.x)
     assert int(jnp.argmin(state.divergence)) > 0
     np.testing.assert_allclose(found, draws.log_weight, rtol=1e-9, atol=1e-9)
     x = jax.random.normal(jax.random.key(1), (20, 2))
@@ -299,7 +315,7 @@ def test_draws_end_where_the_divergence_was_least(flow):
     """With the first map declared the best, draws pass through it alone."""
     algorithm, state, composed = flow
     early = state._replace(divergence=jnp.arange(7.0).at[1].set(-1.0))
-    draws = jax.jit(lambda: algorithm.draw(jax.random.key(3), early, 50))()
+    draws = jax.jit(lambda: algorithm.proposal.draw(jax.random.key(3), algorithm.parameters(early), 50))()
     start = jax.vmap(standard_normal(2, 1.5).sample)(jax.random.split(jax.random.key(3), 50))
     first = jax.tree.map(lambda leaf: leaf[:1], state.maps)
     np.testing.assert_allclose(draws.x, composed(start, first)[0], atol=1e-12)
@@ -317,13 +333,15 @@ def test_weights_of_noisy_paths_are_unbiased_both_ways(noisy):
     """E[w] = Z on fresh paths, and E[1/w] = 1/Z on paths that end in exact draws; barely trained."""
     algorithm, state, _ = noisy
     assert int(jnp.argmin(state.divergence)) > 0
-    draws = jax.jit(lambda: algorithm.draw(jax.random.key(3), state, 20_000))()
+    draws = jax.jit(lambda: algorithm.proposal.draw(jax.random.key(3), algorithm.parameters(state), 20_000))()
     weight = jnp.exp(draws.log_weight)
     assert 0.05 < jnp.std(draws.log_weight) < 1.5
     assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(20_000))
     x = two_modes().sample(jax.random.key(4), 20_000)
     keys = jax.random.split(jax.random.key(5), 20_000)
-    weight = jnp.exp(-jax.jit(jax.vmap(lambda k, y: algorithm.weigh(k, state, y)))(keys, x))
+    weight = jnp.exp(
+        -jax.jit(jax.vmap(lambda k, y: algorithm.proposal.weigh(k, algorithm.parameters(state), y)))(keys, x)
+    )
     assert_within(jnp.mean(weight), 1.0, jnp.std(weight) / np.sqrt(20_000))
 
 
@@ -373,8 +391,12 @@ def test_flows_that_fold_propose_each_point_from_one_place():
     target = gaussian(np.array([0.5]), np.eye(1))
     algorithm, state = folding(target)
     n = 100_000
-    draws = jax.jit(algorithm.draw, static_argnums=2)(jax.random.key(1), state, n)
-    weigh = jax.jit(jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x)))
+    draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
+        jax.random.key(1), algorithm.parameters(state), n
+    )
+    weigh = jax.jit(
+        jax.vmap(lambda x: algorithm.proposal.weigh(jax.random.key(0), algorithm.parameters(state), x))
+    )
     x = target.sample(jax.random.key(2), n)
     log_weight = weigh(x)
     proposed = log_weight < jnp.inf
@@ -396,13 +418,13 @@ def test_chains_with_flows_that_fold_leave_the_target_alone():
     target = gaussian(np.array([0.5]), np.eye(1))
     algorithm, state = folding(target)
     n = 100_000
-    weigh = jax.vmap(lambda x: algorithm.weigh(jax.random.key(0), state, x))
+    weigh = jax.vmap(lambda x: algorithm.proposal.weigh(jax.random.key(0), algorithm.parameters(state), x))
     density = jax.vmap(target.logdensity_fn)
 
     def step(carry, key):
         x, log_weight = carry
         key_draw, key_accept, key_move, key_local = jax.random.split(key, 4)
-        draws = algorithm.draw(key_draw, state, n)
+        draws = algorithm.proposal.draw(key_draw, algorithm.parameters(state), n)
         accept, _ = metropolis(key_accept, log_weight, draws.log_weight)
         x = jnp.where(accept[:, None], draws.x, x)
         log_weight = jnp.where(accept, draws.log_weight, log_weight)

@@ -20,7 +20,7 @@ from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
 from numpyro_sbtm.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.stages import run_stages
-from numpyro_sbtm.start import _check, _judged, find_start
+from numpyro_sbtm.start import StartingPoints, _check, _judged, find_start
 from numpyro_sbtm.targets import gaussian
 from numpyro_sbtm.warm_start import tempered_particles, warm_start
 
@@ -362,7 +362,9 @@ UNSEEN = pytest.mark.xfail(
 def test_a_first_look_ends_the_search_only_where_it_saw_everything(density, dim, log_z, least_ess, seed):
     target = Target(density, dim)
     scouts = 4.0 * jax.random.normal(jax.random.key(seed), (128, dim))
-    warm = find_start(jax.random.key(seed), target, scouts[:8], scouts, jnp.arange(dim), "auto")
+    warm = find_start(
+        jax.random.key(seed), target, StartingPoints(scouts[:8], scouts, jnp.arange(dim)), "auto"
+    )
     white = whiten(target, warm.whitening)
     u = jax.vmap(warm.reference.sample)(jax.random.split(jax.random.key(seed + 100), 8000))
     log_weight = jax.vmap(white.logdensity_fn)(u) - jax.vmap(warm.reference.log_prob)(u)

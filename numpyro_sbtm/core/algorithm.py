@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.target import Key, Params
 
-__all__ = ["Algorithm", "Draws", "Ensemble", "Info", "guarded_update"]
+__all__ = ["Algorithm", "Draws", "Info", "Proposal", "guarded_update"]
 
 
 class Info(NamedTuple):
@@ -47,37 +47,38 @@ class Draws(NamedTuple):
     one_to_one: Bool[Array, " n"]
 
 
-class Ensemble(NamedTuple):
-    """Proposals each of which is chosen among several draws: dearer, with weights that vary less.
+class Proposal(NamedTuple):
+    """Independent draws with exact weights: pure functions of frozen parameters.
 
     Attributes:
-        draw: as in `Algorithm`; a weight is an unbiased estimate of Z from all draws behind it.
-        weigh: as in `Algorithm`.
-    """
-
-    draw: Callable[[Key, Any, int], Draws]
-    weigh: Callable[[Key, Any, Float[Array, " d"]], Float[Array, ""]]
-
-
-class Algorithm(NamedTuple):
-    """A method: pure functions on a state that is a pytree of arrays.
-
-    Attributes:
-        init: ``key -> state``. Cheap: nothing is trained here.
-        step: ``(key, state) -> (state, Info)``. One step of training or transport.
-        draw: ``(key, state, n) -> Draws``. ``n`` fresh draws with exact weights; ``n`` is static.
-        weigh: ``(key, state, x) -> log_weight`` of a given point, shape ``[d]`` to shape ``[]``: of the
+        draw: ``(key, params, n) -> Draws``. ``n`` fresh draws with exact weights; ``n`` is static.
+        weigh: ``(key, params, x) -> log_weight`` of a given point, shape ``[d]`` to shape ``[]``: of the
             point itself, or of a fresh path that ends there. For a draw x of the target and this weight
             the pair has the law that Metropolis steps leave invariant. Infinite for a point that is never
             drawn, which only other moves leave; NaN if it cannot be computed.
-        ensemble: dearer proposals for where the weights of single draws vary too much, or None.
+    """
+
+    draw: Callable[[Key, Params, int], Draws]
+    weigh: Callable[[Key, Params, Float[Array, " d"]], Float[Array, ""]]
+
+
+class Algorithm(NamedTuple):
+    """A method: how it learns, and how what it has learned draws.
+
+    Attributes:
+        init: ``key -> state``, a pytree of arrays. Cheap: nothing is trained here.
+        step: ``(key, state) -> (state, Info)``. One step of training or transport.
+        parameters: ``state -> params``, all that draws need: no optimiser and no particles.
+        proposal: draws from there.
+        several: dearer draws, each chosen among several, for where the weights of single ones vary too much,
+            or None. A weight is an unbiased estimate of Z from all draws behind it.
     """
 
     init: Callable[[Key], Any]
     step: Callable[[Key, Any], tuple[Any, Info]]
-    draw: Callable[[Key, Any, int], Draws]
-    weigh: Callable[[Key, Any, Float[Array, " d"]], Float[Array, ""]]
-    ensemble: Ensemble | None = None
+    parameters: Callable[[Any], Params]
+    proposal: Proposal
+    several: Proposal | None = None
 
 
 def guarded_update(

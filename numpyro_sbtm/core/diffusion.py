@@ -222,7 +222,7 @@ def diffusion(
             large, where the divergence is valid off policy. None: 0.
         trust_region: with several updates, they aim at the law between that of the block's own chain and
             that of the target whose KL divergence from the former is this, in nats; None: at the target.
-        smc_particles: paths of each proposal of the ensemble (see `path_ensemble`); none below two.
+        smc_particles: paths behind each draw of `Algorithm.several` (see `path_ensemble`); none below two.
 
     Returns:
         The algorithm. A step costs ``num_paths (T+1)`` target gradients, fewer on a coarse grid, and twice as
@@ -240,7 +240,7 @@ def diffusion(
         >>> algorithm = diffusion(
         ...     target, dis(net, 2, num_steps=8), net, log_variance(), optax.adam(1e-3), num_paths=16)
         >>> state, info = algorithm.step(jax.random.key(1), algorithm.init(jax.random.key(0)))
-        >>> algorithm.draw(jax.random.key(2), state, 5).x.shape
+        >>> algorithm.proposal.draw(jax.random.key(2), algorithm.parameters(state), 5).x.shape
         (5, 2)
     """
     num_steps = process.num_steps
@@ -417,9 +417,8 @@ def diffusion(
         )
         return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
 
-    def params_of(state: DiffusionState) -> Params:
+    def parameters(state: DiffusionState) -> Params:
         undone = state.progress.undone()
         return jax.tree.map(lambda a, b: jnp.where(undone, a, b), state.start, state.average)
 
-    single, several = path_draws(process, target, params_of, smc_particles)
-    return Algorithm(init, step, single.draw, single.weigh, several)
+    return Algorithm(init, step, parameters, *path_draws(process, target, smc_particles))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info
+from numpyro_sbtm.core.algorithm import Algorithm, Draws, Info, Proposal
 from numpyro_sbtm.core.anneal import Annealing, next_level
 from numpyro_sbtm.core.dissipation import Dissipation, dissipation
 from numpyro_sbtm.core.divergence import log_variance
@@ -158,7 +158,7 @@ def sbtm(
             training, by the variance of the weights.
         goal: training is finished once the variance of those points' log weights is below this (see
             `log_variance_at`).
-        smc_particles: draws behind each proposal of the ensemble (see `independent_ensemble`, and for noisy
+        smc_particles: draws behind each of `Algorithm.several` (see `independent_ensemble`, and for noisy
             draws `path_ensemble`); none below two.
         annealing: densities that the particles follow on their way to the target; None for the target itself.
             Weights and divergences are always those of the target.
@@ -196,7 +196,7 @@ def sbtm(
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2), 2)
         >>> algorithm = sbtm(target, score_mlp(8), optax.adam(1e-3), num_particles=64, num_maps=4)
         >>> state, info = algorithm.step(jax.random.key(1), algorithm.init(jax.random.key(0)))
-        >>> algorithm.draw(jax.random.key(2), state, 5).log_weight.shape
+        >>> algorithm.proposal.draw(jax.random.key(2), algorithm.parameters(state), 5).log_weight.shape
         (5,)
     """
     dim = target.dim
@@ -512,8 +512,7 @@ def sbtm(
         # what comes near a point that repels has not returned to it
         return image, log_det, returns(net, maps, x) & (stretch < 1.0)
 
-    def draw(key: Key, state: SBTMState, n: int) -> Draws:
-        maps = best(state)
+    def draw(key: Key, maps: Maps, n: int) -> Draws:
         start = jax.vmap(base.sample)(jax.random.split(key, n))
         x, log_det, one_to_one = jax.vmap(lambda x: checked_push(maps, x))(start)
         one_to_one |= ~jnp.all(jnp.isfinite(x), -1)  # lost for another reason
@@ -522,9 +521,8 @@ def sbtm(
         log_weight = jnp.where(one_to_one, logdensity - log_proposal, -jnp.inf)
         return Draws(x, log_weight, logdensity, one_to_one)
 
-    def weigh(key: Key, state: SBTMState, x: Float[Array, " d"]) -> Float[Array, ""]:
+    def weigh(key: Key, maps: Maps, x: Float[Array, " d"]) -> Float[Array, ""]:
         del key
-        maps = best(state)
         start, _ = pull(net, maps, x)
         image, log_det, one_to_one = checked_push(maps, start)
         logdensity = target.logdensity_fn(x)
@@ -533,9 +531,8 @@ def sbtm(
         return jnp.where(proposed, log_weight, jnp.where(jnp.isfinite(logdensity), jnp.inf, jnp.nan))
 
     if noisy:
-        single, several = path_draws(process, target, lambda state: (best(state), state.noise), smc_particles)
-        return Algorithm(init, step, single.draw, single.weigh, several)
-    algorithm = Algorithm(init, step, draw, weigh)
-    if smc_particles > 1:
-        algorithm = algorithm._replace(ensemble=independent_ensemble(algorithm, smc_particles))
-    return algorithm
+        noisy_maps = lambda state: (best(state), state.noise)  # noqa: E731
+        return Algorithm(init, step, noisy_maps, *path_draws(process, target, smc_particles))
+    single = Proposal(draw, weigh)
+    several = independent_ensemble(single, smc_particles) if smc_particles > 1 else None
+    return Algorithm(init, step, best, single, several)

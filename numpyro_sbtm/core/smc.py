@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequential Monte Carlo along the paths of a process: many paths make one proposal."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.algorithm import Algorithm, Draws, Ensemble
+from numpyro_sbtm.core.algorithm import Draws, Proposal
 from numpyro_sbtm.core.path import evaluate, log_kernels, noise_path, observe, simulate
 from numpyro_sbtm.core.process import Process
 from numpyro_sbtm.core.target import Key, Params, Target, after
@@ -36,15 +33,15 @@ def _in_groups(draw_one, key: Key, n: int) -> Draws:  # type: ignore[no-untyped-
     return jax.tree.map(lambda leaf: leaf[:n], draws)
 
 
-def independent_ensemble(algorithm: Algorithm, num_particles: int) -> Ensemble:
+def independent_ensemble(proposal: Proposal, num_particles: int) -> Proposal:
     """Make one proposal of several independent draws: one of them by weight, with their mean weight.
 
     Args:
-        algorithm: the method that draws.
-        num_particles: draws of each proposal, m.
+        proposal: single draws.
+        num_particles: how many of them are behind each draw, m.
 
     Returns:
-        The ensemble; its weights have the mean Z and the variance of the draws' weights over m.
+        The proposal; its weights have the mean Z and the variance of the single ones' over m.
 
     Reference:
         Andrieu, Doucet & Holenstein (2010), Particle Markov chain Monte Carlo methods, JRSS B 72,
@@ -57,33 +54,33 @@ def independent_ensemble(algorithm: Algorithm, num_particles: int) -> Ensemble:
         >>> from numpyro_sbtm.networks import score_mlp
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2), 2)
         >>> one = sbtm(target, score_mlp(8), optax.adam(1e-3), num_particles=64, num_maps=4)
-        >>> state = one.init(jax.random.key(0))
-        >>> many = independent_ensemble(one, 16).draw(jax.random.key(1), state, 100).log_weight
-        >>> bool(many.std() < one.draw(jax.random.key(1), state, 100).log_weight.std())
+        >>> maps = one.parameters(one.init(jax.random.key(0)))
+        >>> many = independent_ensemble(one.proposal, 16).draw(jax.random.key(1), maps, 100).log_weight
+        >>> bool(many.std() < one.proposal.draw(jax.random.key(1), maps, 100).log_weight.std())
         True
     """
 
-    def draw(key: Key, state: object, n: int) -> Draws:
+    def draw(key: Key, params: Params, n: int) -> Draws:
         def one(key: Key) -> Draws:
             key_draw, key_choose = jax.random.split(key)
-            draws = algorithm.draw(key_draw, state, num_particles)
+            draws = proposal.draw(key_draw, params, num_particles)
             log_weight = clean(draws.log_weight)
             chosen = _choose(key_choose, log_weight, draws)
             return chosen._replace(log_weight=logsumexp(log_weight) - jnp.log(num_particles))
 
         return _in_groups(one, key, n)
 
-    def weigh(key: Key, state: object, x: Float[Array, " d"]) -> Float[Array, ""]:
+    def weigh(key: Key, params: Params, x: Float[Array, " d"]) -> Float[Array, ""]:
         key_own, key_draw = jax.random.split(key)
-        own = algorithm.weigh(key_own, state, x)
-        others = clean(algorithm.draw(after(key_draw, own), state, num_particles - 1).log_weight)
+        own = proposal.weigh(key_own, params, x)
+        others = clean(proposal.draw(after(key_draw, own), params, num_particles - 1).log_weight)
         log_weight = logsumexp(jnp.append(own, others)) - jnp.log(num_particles)
         return jnp.where(own > -jnp.inf, log_weight, jnp.nan)
 
-    return Ensemble(draw, weigh)
+    return Proposal(draw, weigh)
 
 
-def path_ensemble(process: Process, target: Target, num_particles: int, power: float = 2.0) -> Ensemble:
+def path_ensemble(process: Process, target: Target, num_particles: int, power: float = 2.0) -> Proposal:
     """Make one proposal of several paths that are resampled on the way (particle filter).
 
     Particles follow the forward chain. After step k they are weighted for
@@ -102,8 +99,8 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
         power: how late the target takes over.
 
     Returns:
-        The ensemble, of ``params`` in place of a state. ``weigh`` runs the filter conditionally on a path
-        that the backward chain makes from the given point.
+        The proposal. ``weigh`` runs the filter conditionally on a path that the backward chain makes from the
+        given point.
 
     Reference:
         Andrieu, Doucet & Holenstein (2010), Particle Markov chain Monte Carlo methods, JRSS B 72 (PIMH and
@@ -184,37 +181,27 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
         *_, log_weight, log_z = run(key_run, params, kept)
         return jnp.where(jnp.isfinite(log_weight[0]), log_z, jnp.nan)
 
-    return Ensemble(draw, weigh)
+    return Proposal(draw, weigh)
 
 
-def path_draws(
-    process: Process, target: Target, params_of: Callable[[Any], Params], num_particles: int
-) -> tuple[Ensemble, Ensemble | None]:
+def path_draws(process: Process, target: Target, num_particles: int) -> tuple[Proposal, Proposal | None]:
     """Make the two ways to propose ends of paths with their exact weights: one path, or several.
 
     Args:
         process: the two chains.
         target: the density of x_T.
-        params_of: the parameters of the process, from an algorithm's state.
-        num_particles: the paths of each proposal of the second way (see `path_ensemble`).
+        num_particles: the paths of each draw of the second way (see `path_ensemble`).
 
     Returns:
-        ``draw`` and ``weigh`` of a state, by single paths; and by several, or None for fewer than two.
+        The proposals; the second is None for fewer than two paths.
     """
 
-    def draw(key: Key, state: Any, n: int) -> Draws:
-        params = params_of(state)
+    def draw(key: Key, params: Params, n: int) -> Draws:
         paths = jax.vmap(lambda k: simulate(process, params, target, k))(jax.random.split(key, n))
         return Draws(paths.xs[:, -1], paths.log_weight, paths.log_target, jnp.ones(n, bool))
 
-    def weigh(key: Key, state: Any, x: Float[Array, " d"]) -> Float[Array, ""]:
-        params = params_of(state)
+    def weigh(key: Key, params: Params, x: Float[Array, " d"]) -> Float[Array, ""]:
         return evaluate(process, params, target, noise_path(process, params, target, key, x)).log_weight
 
-    if num_particles < 2:
-        return Ensemble(draw, weigh), None
-    several = path_ensemble(process, target, num_particles)
-    return Ensemble(draw, weigh), Ensemble(
-        lambda key, state, n: several.draw(key, params_of(state), n),
-        lambda key, state, x: several.weigh(key, params_of(state), x),
-    )
+    several = path_ensemble(process, target, num_particles) if num_particles > 1 else None
+    return Proposal(draw, weigh), several
