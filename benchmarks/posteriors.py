@@ -20,8 +20,8 @@ from benchmarks.chains import NUM_CHAINS, NUM_DRAWS, timed_chains
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report, targets
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.model import from_model, logdensity
-from numpyro_sbtm.warm_start import tempered_particles
+from numpyro_sbtm.kernels.problem import from_model, logdensity
+from numpyro_sbtm.search.warm_start import tempered_particles
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import eight_schools

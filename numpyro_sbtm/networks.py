@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.quasi import quasi_normal
 from numpyro_sbtm.core.target import Key, Params
-from numpyro_sbtm.lazy import load
 
 __all__ = ["denoiser", "potential", "radial", "score_mlp", "unet"]
 

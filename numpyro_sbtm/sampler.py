@@ -11,24 +11,57 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.compile import is_traced
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Proposal
 from numpyro_sbtm.core.chain import Chain, Point, independence_chain
 from numpyro_sbtm.core.decay import Rays, decay
 from numpyro_sbtm.core.importance import importance
+from numpyro_sbtm.core.local import LocalMove
+from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.mixture import largest, normal
-from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.whitening import invert, unwhiten, whiten
-from numpyro_sbtm.local import LocalMove
-from numpyro_sbtm.psis import USABLE_KHAT, judged_tail_index
-from numpyro_sbtm.stages import is_traced
-from numpyro_sbtm.start import Precondition, StartingPoints, find_start, most_components, with_step_size
-from numpyro_sbtm.state import Learned, Located
+from numpyro_sbtm.core.psis import USABLE_KHAT, judged_tail_index
+from numpyro_sbtm.core.target import Key, Params, Target
+from numpyro_sbtm.search.ladder import (
+    Precondition,
+    StartingPoints,
+    find_start,
+    most_components,
+    with_step_size,
+)
+from numpyro_sbtm.search.located import Located
 
-__all__ = ["Method", "Sampler", "Structure", "locate"]
+__all__ = ["Learned", "Method", "Sampler", "Structure", "locate"]
 
 _SHORTER = 4  # training ends after this part of warm-up where the search's draws are near exact
 _SHORTEST_STEP = 0.01  # step sizes of local moves vary by this factor where they were adapted to other data
 _EXACT = 0.9  # effective fraction of the search's draws above which they need no local moves
+
+
+class Learned(NamedTuple):
+    """What is learned before the first draw: all that draws need, and a record of how it came about.
+
+    Attributes:
+        located: what the search found, without its points.
+        params: trained parameters, without optimiser or particles; None where draws come from the mixture
+            that was found alone.
+        num_steps: training steps done.
+        loss: of every training step, NaN for those that were not needed, shape ``[num_warmup]``.
+        skipped_updates: updates left out because their gradient was not finite.
+        gradients: target gradients spent.
+        local_moves: None where draws end with none, the search's draws being nearly exact; else True.
+        offset: log densities and log weights are relative to it, so that float32 holds them, shape ``[]``.
+        data: fingerprint of the data that it was learned for.
+    """
+
+    located: Located
+    params: Params
+    num_steps: Int[Array, ""]
+    loss: Float[Array, " num_warmup"]
+    skipped_updates: Int[Array, ""]
+    gradients: Int[Array, ""]
+    local_moves: Bool[Array, ""] | None
+    offset: Float[Array, ""]
+    data: np.ndarray | Array
 
 
 class Method(NamedTuple):
@@ -113,7 +146,7 @@ class Sampler:
             several: whether each is chosen among several, shape ``[]``; None: never.
         """
         draws = self._use(several, lambda proposal: proposal.draw(key, self.learned.params, n))
-        x, log_det = jax.vmap(lambda u: unwhiten(self.learned.located.whitening, u))(draws.x)
+        x, log_det = jax.vmap(lambda u: self.learned.located.whitening.forward(u))(draws.x)
         usable = jnp.isfinite(draws.log_weight) & jnp.all(jnp.isfinite(x), -1)
         log_weight = jnp.where(usable, draws.log_weight, jnp.nan)
         return Draws(x, log_weight, draws.logdensity - log_det, draws.one_to_one)
@@ -122,7 +155,7 @@ class Sampler:
         self, key: Key, x: Float[Array, "n d"], several: Bool[Array, ""] | None = None
     ) -> Float[Array, " n"]:
         """Weigh given points as draws, relative to the offset."""
-        u = jax.vmap(lambda point: invert(self.learned.located.whitening, point)[0])(x)
+        u = jax.vmap(lambda point: self.learned.located.whitening.inverse(point)[0])(x)
 
         def weights(proposal: Proposal) -> Float[Array, " n"]:
             keys = jax.random.split(key, len(x))
@@ -224,10 +257,10 @@ class Sampler:
             if foreign is not None:
                 shorter = _SHORTEST_STEP ** jax.random.uniform(key_size, (), point.x.dtype)
                 size = size * jnp.where(foreign, shorter, 1.0)
-            u, value, *_ = local.step(key_move, white.logdensity_fn, invert(whitening, point.x)[0], size)
+            u, value, *_ = local.step(key_move, white.logdensity_fn, whitening.inverse(point.x)[0], size)
             weigh = lambda proposal: proposal.weigh(key_weight, self.learned.params, u)  # noqa: E731
             fresh = self._use(several, weigh)
-            x, log_det = unwhiten(whitening, u)
+            x, log_det = whitening.forward(u)
             # an infinite weight: what is never proposed is entered and left by these moves alone
             good = (fresh > -jnp.inf) & jnp.isfinite(value) & jnp.all(jnp.isfinite(x))
             moved = Point(x, fresh, value - log_det)
@@ -313,7 +346,7 @@ def _structure_of(located: Located, method: Method, own: bool) -> Structure:
     """
     if is_traced(located):
         return Structure(None, True, True, True, False, True)
-    margins, reference = located.whitening.margins, located.reference
+    margins, reference = getattr(located.whitening, "margins", None), located.reference
     rotation = reference.rotation
     num_components = int(np.sum(np.isfinite(reference.log_weight)))
     if own and bool(located.searched):
@@ -340,6 +373,6 @@ def _simplified(located: Located, structure: Structure) -> Located:
     reference = normal(reference.centre.shape[1]) if one else largest(reference, structure.num_components)
     if not structure.turned:
         reference = reference._replace(rotation=None)
-    if whitening.margins is not None and not structure.margins:
+    if isinstance(whitening, Triangular) and not structure.margins:
         whitening = whitening._replace(margins=None)
     return located._replace(reference=reference, whitening=whitening)

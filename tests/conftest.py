@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes in the core's signatures are checked at run time; float64 where an identity asks for it.
+"""Shapes in signatures of core and search are checked at run time; float64 where an identity asks for it.
 
 Almost all of the time of quick tests is compilation.
 """
@@ -8,7 +8,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("numpyro_sbtm.core", "beartype.beartype")
+install_import_hook(["numpyro_sbtm.core", "numpyro_sbtm.search"], "beartype.beartype")
 
 
 @pytest.hookimpl(tryfirst=True)

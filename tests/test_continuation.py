@@ -15,10 +15,10 @@ from numpyro.infer import MCMC
 from test_kernel_driver import make, one_kind_quickly
 
 from numpyro_sbtm import report, sampler
+from numpyro_sbtm.core.maps import affine
 from numpyro_sbtm.core.mixture import Mixture
-from numpyro_sbtm.core.whitening import affine
-from numpyro_sbtm.fingerprint import fingerprint
-from numpyro_sbtm.state import Located
+from numpyro_sbtm.kernels.fingerprint import fingerprint
+from numpyro_sbtm.search.located import Located
 
 WARMUP = 6
 

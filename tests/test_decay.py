@@ -9,8 +9,8 @@ import pytest
 from numpyro.distributions import biject_to
 
 from numpyro_sbtm.core.decay import decay
+from numpyro_sbtm.core.maps import affine
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.whitening import affine
 
 NO_DECAY = 0.75
 D = 5

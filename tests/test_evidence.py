@@ -13,8 +13,8 @@ from scipy.stats import chisquare
 
 from benchmarks.posteriors import PROBLEMS, regression
 from numpyro_sbtm import LogVarianceDISKernel, report
+from numpyro_sbtm.core.psis import tail_index, unseen_share
 from numpyro_sbtm.core.weights import log_evidence
-from numpyro_sbtm.psis import tail_index, unseen_share
 
 NUM_SEEDS, NUM_COVERED = 40, 38
 NUM_SIMULATIONS, NUM_BINS = 200, 10

@@ -10,11 +10,11 @@ from jax import lax
 from jax.experimental.key_reuse import _core as key_reuse
 
 from numpyro_sbtm.core import diffusion, dis, sbtm
-from numpyro_sbtm.kernels import DIVERGENCES, NETS, PROCESSES
-from numpyro_sbtm.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 from numpyro_sbtm.networks import denoiser, score_mlp
+from numpyro_sbtm.search.warm_start import warm_start
 from numpyro_sbtm.targets import gaussian
-from numpyro_sbtm.warm_start import warm_start
 
 DIM = 4  # above which divergences are estimated with noise
 PIECES = {"num_updates": 2, "coarse_steps": 3, "trust_region": 0.5, "buffer_size": 16, "num_times": 2}

@@ -11,13 +11,13 @@ from helpers import run_chains
 from jax.scipy.special import logsumexp
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.compile import run_stages
+from numpyro_sbtm.core.maps import LowRank, whiten
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.variational import diagonal_guesses
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
-from numpyro_sbtm.core.whitening import LowRank, invert, unwhiten, whiten
-from numpyro_sbtm.modes import describe_modes, fit_normal, log_evidence_by_bridge, separate_fits
-from numpyro_sbtm.stages import run_stages
-from numpyro_sbtm.warm_start import _add_missing, _draw_modes, warm_start
+from numpyro_sbtm.search.fit import diagonal_guesses
+from numpyro_sbtm.search.modes import describe_modes, fit_normal, log_evidence_by_bridge, separate_fits
+from numpyro_sbtm.search.warm_start import _add_missing, _draw_modes, warm_start
 
 
 def direction(dim):
@@ -169,13 +169,13 @@ def test_one_mode_in_many_dimensions_needs_no_matrices():
     assert isinstance(whitening, LowRank)
     assert jnp.min(whitening.gain[:2]) > 2.0 > jnp.max(whitening.gain[2:])
     assert max(leaf.size for leaf in jax.tree.leaves(whitening)) <= 16 * target.dim
-    draws = jax.vmap(lambda u: unwhiten(whitening, u)[0])(jax.random.normal(jax.random.key(2), (2000, 200)))
+    draws = jax.vmap(lambda u: whitening.forward(u)[0])(jax.random.normal(jax.random.key(2), (2000, 200)))
     assert np.all(np.abs(draws.mean(0) - mean) < 0.3 * scale)
     # an undone map, and its log-determinant
-    x, log_det = unwhiten(whitening, jnp.arange(200.0) / 100)
-    u, same = invert(whitening, x)
+    x, log_det = whitening.forward(jnp.arange(200.0) / 100)
+    u, same = whitening.inverse(x)
     np.testing.assert_allclose(u, jnp.arange(200.0) / 100, atol=1e-3)
-    exact = jnp.linalg.slogdet(jax.jacobian(lambda u: unwhiten(whitening, u)[0])(u))[1]
+    exact = jnp.linalg.slogdet(jax.jacobian(lambda u: whitening.forward(u)[0])(u))[1]
     np.testing.assert_allclose([log_det, same], [exact, exact], rtol=1e-4)
     white = whiten(target, whitening)
     u = jax.random.normal(jax.random.key(3), (4000, 200))

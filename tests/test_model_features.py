@@ -16,8 +16,8 @@ from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, Auto
 
 from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, lapack, report
 from numpyro_sbtm.core import Target
-from numpyro_sbtm.core.variational import first_guesses
-from numpyro_sbtm.model import from_model, from_potential, logdensity
+from numpyro_sbtm.kernels.problem import from_model, from_potential, logdensity
+from numpyro_sbtm.search.fit import first_guesses
 
 WARMUP = {"dis": 300, "sbtm": 150}
 

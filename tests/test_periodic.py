@@ -17,8 +17,8 @@ from scipy.special import i0e
 from scipy.special import log_ndtr as exact_log_ndtr
 
 from numpyro_sbtm import report
-from numpyro_sbtm.model import from_model, logdensity
-from numpyro_sbtm.periodic import Direction, find_centres, log_window, wrap
+from numpyro_sbtm.kernels.periodic import Direction, find_centres, log_window, wrap
+from numpyro_sbtm.kernels.problem import from_model, logdensity
 
 REAL, IMPROPER = dist.constraints.real, dist.ImproperUniform
 PERIODS = 2 * np.pi * np.arange(-3, 4)

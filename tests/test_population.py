@@ -8,9 +8,9 @@ import pytest
 from helpers import assert_within
 
 from numpyro_sbtm.core.mixture import Mixture, normal
-from numpyro_sbtm.core.population import better_mixture, with_wider
+from numpyro_sbtm.core.psis import tail_index
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.psis import tail_index
+from numpyro_sbtm.search.population import better_mixture, with_wider
 
 DIM = 4
 NUM = 4096

@@ -48,9 +48,9 @@ def test_what_is_imported_while_a_function_is_traced_holds_no_tracers():
     run_script(
         """
         import jax, jax.numpy as jnp
-        from numpyro_sbtm.local import local_move
+        from numpyro_sbtm.core.local import local_move
         from numpyro_sbtm.networks import denoiser
-        from numpyro_sbtm.psis import tail_index
+        from numpyro_sbtm.core.psis import tail_index
 
         @jax.jit
         def first(key):
@@ -73,7 +73,7 @@ SHARDED = """
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
     from numpyro.infer import MCMC
     from numpyro_sbtm import LogVarianceDISKernel
-    from numpyro_sbtm.stages import run_stages
+    from numpyro_sbtm.compile import run_stages
 
     assert len(jax.devices()) == 4
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
@@ -138,8 +138,8 @@ def test_twenty_searches_of_a_factor_model_end():
         from jax.scipy.linalg import cho_solve
         from numpyro.infer import init_to_uniform
         from numpyro_sbtm.core import Target
-        from numpyro_sbtm.model import from_model, logdensity
-        from numpyro_sbtm.warm_start import warm_start
+        from numpyro_sbtm.kernels.problem import from_model, logdensity
+        from numpyro_sbtm.search.warm_start import warm_start
 
         rng = np.random.default_rng(0)
         y = rng.normal(size=(100, 2)) @ rng.normal(size=(2, 6)) + 0.5 * rng.normal(size=(100, 6))

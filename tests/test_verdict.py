@@ -12,12 +12,12 @@ import pytest
 from helpers import run_chains
 
 from numpyro_sbtm import LogVarianceDISKernel, report
-from numpyro_sbtm.adapter import absolute
-from numpyro_sbtm.convergence import convergence
 from numpyro_sbtm.core.decay import Rays
-from numpyro_sbtm.evidence import from_chains, from_proposals, lower_bound
-from numpyro_sbtm.results import _KEY, _endless
-from numpyro_sbtm.verdict import Measured, checks, judge, printed_error
+from numpyro_sbtm.kernels.base import absolute
+from numpyro_sbtm.reporting.convergence import convergence
+from numpyro_sbtm.reporting.evidence import from_chains, from_proposals, lower_bound
+from numpyro_sbtm.reporting.report import _KEY, _endless
+from numpyro_sbtm.reporting.verdict import Measured, checks, judge, printed_error
 
 CHAINS = convergence({"x": np.random.default_rng(0).normal(size=(4, 1000, 2))})
 WEIGHTS = 0.6 * np.random.default_rng(1).normal(size=4000)

@@ -12,17 +12,18 @@ from scipy.stats import multivariate_normal
 
 from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
-from numpyro_sbtm.core.likelihood import fit_points
+from numpyro_sbtm.compile import run_stages
+from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.core.maps import Triangular, affine, whiten
+from numpyro_sbtm.core.maps.spline import fit_margins
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.core.variational import Fit, _laplace, _pool, first_guesses, fit
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.core.whitening import Whitening, affine, fit_margins, invert, unwhiten, whiten
-from numpyro_sbtm.local import LOCAL_KERNELS, local_move
-from numpyro_sbtm.stages import run_stages
-from numpyro_sbtm.start import StartingPoints, _check, _judged, find_start
+from numpyro_sbtm.search.fit import Fit, _laplace, _pool, first_guesses, fit
+from numpyro_sbtm.search.fit_points import fit_points
+from numpyro_sbtm.search.ladder import StartingPoints, _check, _judged, find_start
+from numpyro_sbtm.search.warm_start import tempered_particles, warm_start
 from numpyro_sbtm.targets import gaussian
-from numpyro_sbtm.warm_start import tempered_particles, warm_start
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -36,7 +37,7 @@ def random_whitening(dim, seed=0, strength=1.0):
     keys = iter(jax.random.split(jax.random.key(seed), 9))
     vector = lambda size: strength * size * jax.random.normal(next(keys), (dim,))  # noqa: E731
     matrix = lambda size: strength * size * jax.random.normal(next(keys), (dim, dim))  # noqa: E731
-    return Whitening(
+    return Triangular(
         order=jax.random.permutation(next(keys), dim),
         loc=vector(1.0),
         scale_tril=jnp.tril(matrix(0.5), -1) + jnp.eye(dim),
@@ -53,8 +54,8 @@ def random_whitening(dim, seed=0, strength=1.0):
 def test_whitening_is_undone():
     whitening = random_whitening(4)
     u = 2.0 * jax.random.normal(jax.random.key(1), (200, 4))  # beyond the outer knots too
-    x, log_det = jax.vmap(lambda v: unwhiten(whitening, v))(u)
-    back, same = jax.vmap(lambda y: invert(whitening, y))(x)
+    x, log_det = jax.vmap(lambda v: whitening.forward(v))(u)
+    back, same = jax.vmap(lambda y: whitening.inverse(y))(x)
     np.testing.assert_allclose(back, u, atol=1e-6)
     np.testing.assert_allclose(same, log_det, atol=1e-6)
 
@@ -62,8 +63,8 @@ def test_whitening_is_undone():
 def test_whitening_log_det_equals_autodiff():
     whitening = random_whitening(4)
     u = jax.random.normal(jax.random.key(1), (20, 4))
-    _, log_det = jax.jit(jax.vmap(lambda v: unwhiten(whitening, v)))(u)
-    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda v: unwhiten(whitening, v)[0])))(u)
+    _, log_det = jax.jit(jax.vmap(lambda v: whitening.forward(v)))(u)
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(lambda v: whitening.forward(v)[0])))(u)
     np.testing.assert_allclose(log_det, jnp.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-10)
 
 
@@ -134,7 +135,7 @@ def test_the_whitening_of_a_wide_funnel_is_all_but_exact():
     z = jax.random.normal(jax.random.key(0), (20_000, 10))
     funnel = affine(jnp.zeros(10), jnp.eye(10))
     funnel = funnel._replace(log_scale_slope=jnp.zeros((10, 10)).at[1:, 0].set(1.5))
-    x, log_det = jax.vmap(lambda u: unwhiten(funnel, u))(z)
+    x, log_det = jax.vmap(lambda u: funnel.forward(u))(z)
     excess = 0.5 * jnp.sum(z[:, 1:] ** 2 - (x[:, 1:] * jnp.exp(-1.5 * x[:, :1])) ** 2, -1)
     log_weight = excess + log_det - 9 * 1.5 * x[:, 0]
     assert ess_fraction(log_weight) > 0.97  # .74 with a plain hyperbolic tangent
@@ -188,7 +189,7 @@ def test_margins_straighten_two_modes():
     margins = fit_margins(sample, jnp.ones(8000))
     whitening = affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
     fresh = two_modes().sample(jax.random.key(1), 4000)
-    u = np.asarray(jax.vmap(lambda x: invert(whitening, x)[0])(fresh))
+    u = np.asarray(jax.vmap(lambda x: whitening.inverse(x)[0])(fresh))
     for level in (-1.5, 0.0, 1.5):
         share = 0.5 * (1 + np.vectorize(math.erf)(level / np.sqrt(2)))
         assert_within(np.mean(u < level, 0), share, np.sqrt(share * (1 - share) / 2600))
@@ -201,7 +202,7 @@ def test_margins_draw_next_to_nothing_between_modes_and_spare_normal_coordinates
     margins = fit_margins(noise * jnp.array([0.1, 1.0]) + jnp.stack([side, 0 * side], 1), jnp.ones(4096))
     assert jnp.all(margins.slope[1] == 1.0) and jnp.all(margins.u[1] == margins.y[1])
     whitening = affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
-    x, _ = jax.vmap(lambda u: unwhiten(whitening, u))(jax.random.normal(jax.random.key(1), (100_000, 2)))
+    x, _ = jax.vmap(lambda u: whitening.forward(u))(jax.random.normal(jax.random.key(1), (100_000, 2)))
     assert 0 < jnp.mean(jnp.abs(x[:, 0]) < 0.5) < 1e-3
     np.testing.assert_allclose(x[:, 1].std(), 1.0, atol=0.01)
 
@@ -392,7 +393,7 @@ def test_refinement_reaches_into_a_neck():
         whitening, mixture, particles, gradients, *_ = run_stages(
             stages, jax.random.key(1), scouts[:8], scouts
         )
-        u, log_det = jax.vmap(lambda x: invert(whitening, x))(exact)
+        u, log_det = jax.vmap(lambda x: whitening.inverse(x))(exact)
         log_ratio = jax.vmap(density)(exact) - jax.vmap(mixture.log_prob)(u) + log_det
         assert jnp.all(jnp.isfinite(particles))
         return float(jnp.mean(log_ratio)), int(gradients)
@@ -418,7 +419,7 @@ def test_a_fitted_map_knows_of_scales_and_fits_no_noise():
         dim = len(scale)
         points, fresh = (scale * np.random.default_rng(k).normal(size=(4096, dim)) for k in range(2))
         whitening = jax.jit(fit_points)(jax.random.key(0), jnp.asarray(points), jnp.arange(dim))
-        u, log_det = jax.vmap(invert, in_axes=(None, 0))(whitening, jnp.asarray(fresh))
+        u, log_det = jax.vmap(whitening.inverse)(jnp.asarray(fresh))
         excess = 0.5 * jnp.sum(u**2, -1) + log_det - 0.5 * jnp.sum((fresh / scale) ** 2, -1)
         assert 0.0 < float(jnp.mean(excess)) - np.log(scale).sum() < 0.05
 

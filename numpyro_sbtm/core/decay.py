@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.maps import Map, Triangular
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import resample
-from numpyro_sbtm.core.whitening import LowRank, Whitening, invert, unwhiten
 
 __all__ = ["Rays", "decay"]
 
@@ -38,7 +38,7 @@ class Rays(NamedTuple):
 def decay(
     key: Key,
     target: Target,
-    whitening: Whitening | LowRank,
+    whitening: Map,
     x: Float[Array, "n d"],
     log_weight: Float[Array, " n"],
 ) -> Rays:
@@ -62,7 +62,7 @@ def decay(
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.core.decay import decay
         >>> from numpyro_sbtm.core.target import Target
-        >>> from numpyro_sbtm.core.whitening import affine
+        >>> from numpyro_sbtm.core.maps import affine
         >>> x = jax.random.normal(jax.random.key(0), (500, 2))
         >>> half_flat = Target(lambda x: -0.5 * x[0] ** 2, 2)
         >>> plain = affine(jnp.zeros(2), jnp.eye(2))
@@ -74,7 +74,7 @@ def decay(
     num = min(max(_MANY // (2 * dim), fewest), most)
     usable = jnp.isfinite(log_weight) & jnp.all(jnp.isfinite(x), -1)
     x = jnp.where(usable[:, None], x, x[jnp.argmax(usable)])
-    u = jax.vmap(lambda point: invert(whitening, point)[0])(x)
+    u = jax.vmap(lambda point: whitening.inverse(point)[0])(x)
     low, middle, high = jnp.nanquantile(u, jnp.array([0.25, 0.5, 0.75], u.dtype), 0)
     # what is narrower than N(0, 1) needs no shorter rays
     width = jnp.maximum((high - low) / 1.35, 1.0)
@@ -89,7 +89,7 @@ def decay(
         def value(length: Float[Array, ""]) -> Float[Array, ""]:
             size = jnp.abs(length)
             axis = length * width * (jnp.arange(dim) == k)
-            end, log_det = unwhiten(whitening, u + jnp.where(k < dim, axis, size * (u - middle) / radius))
+            end, log_det = whitening.forward(u + jnp.where(k < dim, axis, size * (u - middle) / radius))
             end = jnp.where(is_scaled, jnp.where(size > 0.0, size, 1.0) * x, end)
             return target.logdensity_fn(end) + jnp.where(is_scaled, 0.0, log_det)
 
@@ -107,5 +107,5 @@ def decay(
     stride = -(-2 * dim * fewest // _MOST)
     tested = jnp.concatenate([jnp.arange(0, dim, stride), jnp.array([dim, dim + 1])])
     share = jax.lax.map(direction, tested, batch_size=min(max(1, _TOGETHER // num), len(tested)))
-    order = whitening.order if isinstance(whitening, Whitening) else jnp.arange(dim)
+    order = whitening.order if isinstance(whitening, Triangular) else jnp.arange(dim)
     return Rays(jnp.zeros(dim, u.dtype).at[order[tested[:-2]]].set(share[:-2]), share[-2], share[-1])

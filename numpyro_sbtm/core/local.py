@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.target import Key, LogDensity
-from numpyro_sbtm.lazy import load
 
 __all__ = ["LOCAL_KERNELS", "LocalMove", "local_move"]
 
@@ -41,7 +41,7 @@ def local_move(name: str) -> LocalMove:
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.local import local_move
+        >>> from numpyro_sbtm.core.local import local_move
         >>> u, _, probability, gradients = local_move("hmc").step(
         ...     jax.random.key(0), lambda u: -0.5 * jnp.sum(u**2), jnp.zeros(2), 0.1)
         >>> u.shape, float(probability) > 0.9, int(gradients)

@@ -10,11 +10,11 @@ from jax.nn import log_sigmoid
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.maps import LowRank, Triangular, whiten
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.core.variational import connected, leaders
-from numpyro_sbtm.core.whitening import LowRank, Whitening, invert, unwhiten, whiten
-from numpyro_sbtm.moves import LEAPS, drift_between, hmc_moves
+from numpyro_sbtm.search.fit import connected, leaders
+from numpyro_sbtm.search.moves import LEAPS, drift_between, hmc_moves
 
 __all__ = [
     "MAX_MODES",
@@ -51,7 +51,7 @@ class Mode(NamedTuple):
         draws: shape ``[n, d]``.
         scores: the target's scores there, shape ``[n, d]``.
         values: its log densities there, shape ``[n]``.
-        drift: what `numpyro_sbtm.moves.drift_between` says of the last moves, shape ``[]``.
+        drift: what `numpyro_sbtm.search.moves.drift_between` says of the last moves, shape ``[]``.
     """
 
     draws: Float[Array, "n d"]
@@ -133,7 +133,7 @@ def fit_normal(
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.modes import fit_normal
+        >>> from numpyro_sbtm.search.modes import fit_normal
         >>> u = jax.random.normal(jax.random.key(0), (50, 2))
         >>> mean, cov = fit_normal(u, -(u - 3.0) / jnp.array([1.0, 2.0]), False)
         >>> mean.round(1).tolist(), jnp.abs(cov).round(1).tolist()
@@ -237,7 +237,7 @@ def log_evidence_by_bridge(proposed: Float[Array, " n"], drawn: Float[Array, " n
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.modes import log_evidence_by_bridge
+        >>> from numpyro_sbtm.search.modes import log_evidence_by_bridge
         >>> u = jax.random.normal(jax.random.key(0), (2, 4000))
         >>> log_ratio = lambda x: 3.0 + 0.5 - x  # exp(3) N(1, 1) over N(0, 1), but for the sign of x
         >>> round(float(log_evidence_by_bridge(log_ratio(u[0]), log_ratio(u[1] - 1.0))), 1)
@@ -266,7 +266,7 @@ def _held_out(u: Float[Array, "n d"], score: Float[Array, "n d"], diagonal: bool
 def describe_modes(
     key: Key,
     target: Target,
-    whitening: LowRank | Whitening,
+    whitening: LowRank | Triangular,
     fits: LowRank,
     there: Bool[Array, " K"],
     modes: Mode,
@@ -289,10 +289,10 @@ def describe_modes(
     """
     dim = target.dim
     white = whiten(target, whitening)
-    pull_back = jax.vjp(lambda u: unwhiten(whitening, u)[0], jnp.zeros(dim, modes.draws.dtype))[1]
-    u = jax.vmap(jax.vmap(lambda x: invert(whitening, x)[0]))(modes.draws)
+    pull_back = jax.vjp(lambda u: whitening.forward(u)[0], jnp.zeros(dim, modes.draws.dtype))[1]
+    u = jax.vmap(jax.vmap(lambda x: whitening.inverse(x)[0]))(modes.draws)
     score = jax.vmap(jax.vmap(lambda g: pull_back(g)[0]))(modes.scores)
-    log_det = unwhiten(whitening, u[0, 0])[1]
+    log_det = whitening.forward(u[0, 0])[1]
 
     def or_nothing(fit, there, *arguments):  # type: ignore[no-untyped-def]
         shapes = jax.eval_shape(fit, *arguments)
@@ -326,7 +326,7 @@ def describe_modes(
         one = jax.tree.map(lambda leaf: leaf[None], one)
         draws = jax.vmap(one.sample)(jax.random.split(key, len(u)))
         proposed = jax.vmap(lambda v: white.logdensity_fn(v) - one.log_prob(v))(draws)
-        own = jax.vmap(lambda v: on_own_side(fits, there, k, unwhiten(whitening, v)[0]))(draws)
+        own = jax.vmap(lambda v: on_own_side(fits, there, k, whitening.forward(v)[0]))(draws)
         drawn = values + log_det - jax.vmap(one.log_prob)(u)
         return log_evidence_by_bridge(jnp.where(own & jnp.isfinite(proposed), proposed, -1e6), drawn)
 

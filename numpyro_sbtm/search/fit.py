@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.maps import LowRank, Triangular, affine
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.core.whitening import LowRank, Whitening, affine, invert, triangular, unwhiten
 
 __all__ = [
     "TRIANGULAR",
@@ -148,9 +148,9 @@ class Shape(NamedTuple):
     tail: Float[Array, " d"]
 
 
-def _whitening(guess: Whitening, shape: Shape) -> Whitening:
+def _whitening(guess: Triangular, shape: Shape) -> Triangular:
     tril = jnp.tril(shape.scale, -1) + jnp.diag(jnp.exp(shape.log_diagonal))
-    return Whitening(
+    return Triangular(
         guess.order,
         guess.loc + guess.scale_tril @ shape.loc,
         guess.scale_tril @ tril,
@@ -177,12 +177,12 @@ class Family(NamedTuple):
     push: Callable[[Any, Float[Array, " d"]], tuple[Float[Array, " d"], Float[Array, ""]]]
 
 
-def _blank_shape(guess: Whitening) -> Shape:
+def _blank_shape(guess: Triangular) -> Shape:
     vector, matrix = jnp.zeros_like(guess.loc), jnp.zeros_like(guess.scale_tril)
     return Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
 
 
-TRIANGULAR = Family(_blank_shape, _whitening, triangular)
+TRIANGULAR = Family(_blank_shape, _whitening, lambda whitening, u: whitening.sorted(u))
 
 
 def _low_rank(
@@ -190,7 +190,7 @@ def _low_rank(
 ) -> LowRank:
     shift, log_std, log_gain = shape
     return guess._replace(
-        loc=unwhiten(guess, shift)[0],
+        loc=guess.forward(shift)[0],
         std=guess.std * jnp.exp(log_std),
         gain=(1.0 + guess.gain) * jnp.exp(log_gain) - 1.0,
     )
@@ -199,7 +199,7 @@ def _low_rank(
 _LOW_RANK = Family(
     lambda guess: (jnp.zeros_like(guess.loc), jnp.zeros_like(guess.loc), jnp.zeros_like(guess.gain)),
     _low_rank,
-    unwhiten,
+    lambda whitening, u: whitening.forward(u),
 )
 
 
@@ -340,8 +340,8 @@ class Fit(NamedTuple):
         gradients: target gradients spent, without those of the first guesses, which are few, shape ``[]``.
     """
 
-    best: Whitening
-    pooled: Whitening
+    best: Triangular
+    pooled: Triangular
     separate: Bool[Array, ""]
     elbos: Float[Array, " f"]
     draws: Float[Array, "f t d"]
@@ -379,16 +379,16 @@ def _shares(elbos: Float[Array, " f"], draws: Float[Array, "f t d"]) -> Float[Ar
 
 
 def _mean_log_density(
-    whitening: Whitening, weight: Float[Array, " f"], x: Float[Array, "f t d"]
+    whitening: Triangular, weight: Float[Array, " f"], x: Float[Array, "f t d"]
 ) -> Float[Array, ""]:
     """Average the log density that a map gives to weighted fits' draws, up to a constant."""
-    u, log_det = jax.vmap(jax.vmap(lambda y: invert(whitening, y)))(x)
+    u, log_det = jax.vmap(jax.vmap(lambda y: whitening.inverse(y)))(x)
     value = jnp.mean(-0.5 * jnp.sum(u * u, -1) - log_det, 1)
     return jnp.sum(jnp.where(weight > _COUNTS, weight * jnp.nan_to_num(value, nan=-jnp.inf), 0.0))
 
 
 def _pool(
-    fits: Whitening, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], gradients: Int[Array, ""]
+    fits: Triangular, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], gradients: Int[Array, ""]
 ) -> Fit:
     """Choose the best of several fits, and cover them all."""
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits)
@@ -421,7 +421,7 @@ def _sorted_density(target: Target, order: Int[Array, " d"]) -> LogDensity:
 
 def first_guesses(
     target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"], order: Int[Array, " d"]
-) -> Whitening:
+) -> Triangular:
     """Guess affine maps: two from every start, and a few above scouts.
 
     One is the normal (Laplace) approximation where L-BFGS arrives, which knows the scales of a well-behaved
@@ -451,10 +451,10 @@ def first_guesses(
     return jax.vmap(lambda loc, tril: affine(loc, tril, order))(locs, trils)
 
 
-def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 8) -> Fit:
+def fit(key: Key, target: Target, guesses: Triangular, *, num_draws: int = 8) -> Fit:
     """Fit a whitening to a target from several first guesses.
 
-    Each is improved by stochastic variational inference over `Whitening` maps, and the best ELBO wins.
+    Each is improved by stochastic variational inference over `Triangular` maps, and the best ELBO wins.
     Where fits of similar ELBO lie apart, few lie where the best one does, or the pooled map suits the draws
     of all better, separated modes are within reach of N(0, I) under the pooled map.
 
@@ -469,7 +469,7 @@ def fit(key: Key, target: Target, guesses: Whitening, *, num_draws: int = 8) -> 
         of those of the four that survive.
 
     Reference:
-        Kucukelbir et al. (2017), arXiv:1603.00788 (the inference); the maps: see `Whitening`.
+        Kucukelbir et al. (2017), arXiv:1603.00788 (the inference); the maps: see `Triangular`.
     """
     logdensity_fn = _sorted_density(target, guesses.order[0])
     return _pool(*_maximise_elbos(key, logdensity_fn, TRIANGULAR, guesses, num_draws, _NUM_TEST, _SURVIVORS))
@@ -503,7 +503,7 @@ def dips_between(value_fn: LogDensity, start: Float[Array, " d"], end: Float[Arr
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.variational import dips_between
+        >>> from numpyro_sbtm.search.fit import dips_between
         >>> wells = lambda x: -jnp.sum((x**2 - 4.0) ** 2)
         >>> [bool(dips_between(wells, jnp.array([-2.0]), jnp.array([x]))) for x in (2.0, -1.5)]
         [True, False]
@@ -518,7 +518,7 @@ def connected(value_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, 
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.variational import connected
+        >>> from numpyro_sbtm.search.fit import connected
         >>> wells = lambda x: -jnp.sum((x**2 - 4.0) ** 2)
         >>> connected(wells, jnp.array([[-2.0], [2.0], [1.5]]))[1].tolist()
         [False, True, True]
@@ -542,7 +542,7 @@ def leaders(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.variational import leaders
+        >>> from numpyro_sbtm.search.fit import leaders
         >>> same = jnp.array([[True, True, False], [True, True, False], [False, False, True]])
         >>> [part.tolist() for part in leaders(jnp.array([1, 0, 2]), same, jnp.ones(3, bool))]
         [[False, True, True], [1, 1, 2]]

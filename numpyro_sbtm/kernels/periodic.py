@@ -19,7 +19,7 @@ from numpyro.distributions import (
 )
 
 from numpyro_sbtm.core.target import Key, LogDensity
-from numpyro_sbtm.core.variational import climb
+from numpyro_sbtm.search.fit import climb
 
 __all__ = [
     "Direction",
@@ -68,7 +68,7 @@ def log_window(angle: Float[Array, "*n"]) -> Float[Array, "*n"]:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.periodic import log_window
+        >>> from numpyro_sbtm.kernels.periodic import log_window
         >>> copies = 2.0 + 2 * jnp.pi * jnp.arange(-3, 4)
         >>> round(float(jnp.sum(jnp.exp(log_window(copies)))), 6)
         1.0

@@ -22,7 +22,7 @@ def load(name: str) -> Any:
         The module.
 
     Examples:
-        >>> from numpyro_sbtm.lazy import load
+        >>> from numpyro_sbtm.core.lazy import load
         >>> load("blackjax.mcmc.hmc").__name__
         'blackjax.mcmc.hmc'
     """

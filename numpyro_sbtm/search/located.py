@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the search finds, and what learning leaves behind."""
+"""What the search finds."""
 
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.maps import Map
 from numpyro_sbtm.core.mixture import Mixture
-from numpyro_sbtm.core.target import Params
-from numpyro_sbtm.core.whitening import LowRank, Whitening
-from numpyro_sbtm.fingerprint import Fingerprint
-from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, USABLE_KHAT
+from numpyro_sbtm.core.psis import FINITE_VARIANCE_KHAT, USABLE_KHAT
 
-__all__ = ["Learned", "Located"]
+__all__ = ["Located"]
 
 
 class Located(NamedTuple):
@@ -31,7 +29,7 @@ class Located(NamedTuple):
         searched: whether anything looked for modes, shape ``[]``.
     """
 
-    whitening: Whitening | LowRank
+    whitening: Map
     reference: Mixture
     points: Float[Array, "m d"] | None
     ess_fraction: Float[Array, ""]
@@ -53,30 +51,3 @@ class Located(NamedTuple):
     def usable(self) -> Bool[Array, ""]:
         """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""
         return (self.ess_fraction > 0.5) & (self.khat < USABLE_KHAT)
-
-
-class Learned(NamedTuple):
-    """What is learned before the first draw: all that draws need, and a record of how it came about.
-
-    Attributes:
-        located: what the search found, without its points.
-        params: trained parameters, without optimiser or particles; None where draws come from the mixture
-            that was found alone.
-        num_steps: training steps done.
-        loss: of every training step, NaN for those that were not needed, shape ``[num_warmup]``.
-        skipped_updates: updates left out because their gradient was not finite.
-        gradients: target gradients spent.
-        local_moves: None where draws end with none, the search's draws being nearly exact; else True.
-        offset: log densities and log weights are relative to it, so that float32 holds them, shape ``[]``.
-        data: fingerprint of the data that it was learned for.
-    """
-
-    located: Located
-    params: Params
-    num_steps: Int[Array, ""]
-    loss: Float[Array, " num_warmup"]
-    skipped_updates: Int[Array, ""]
-    gradients: Int[Array, ""]
-    local_moves: Bool[Array, ""] | None
-    offset: Float[Array, ""]
-    data: Fingerprint

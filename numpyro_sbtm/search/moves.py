@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.target import Key, LogDensity
-from numpyro_sbtm.lazy import load
 
 __all__ = [
     "LEAPS",
@@ -74,7 +74,7 @@ def hmc_moves(key: Key, logdensity_fn: LogDensity, u: Float[Array, "n d"], num_m
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.moves import hmc_moves
+        >>> from numpyro_sbtm.search.moves import hmc_moves
         >>> states = hmc_moves(jax.random.key(0), lambda u: -0.5 * jnp.sum(u**2), jnp.ones((500, 2)), 9)
         >>> bool(jnp.all(jnp.abs(states.position.mean(0)) < 0.2))
         True

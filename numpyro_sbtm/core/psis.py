@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float
 
+from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.weights import ess_fraction
-from numpyro_sbtm.lazy import load
 
 __all__ = [
     "FINITE_VARIANCE_KHAT",
@@ -42,7 +42,7 @@ def tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.psis import tail_index
+        >>> from numpyro_sbtm.core.psis import tail_index
         >>> bool(tail_index(0.1 * jax.random.normal(jax.random.key(0), (1000,))) < 0.5)
         True
         >>> float(tail_index(jnp.zeros(100)))
@@ -72,7 +72,7 @@ def tail_index_error(khat: float, n: int) -> float:
         for m exceedances.
 
     Examples:
-        >>> from numpyro_sbtm.psis import tail_index_error
+        >>> from numpyro_sbtm.core.psis import tail_index_error
         >>> round(tail_index_error(0.4, 4000), 2)
         0.1
     """
@@ -98,7 +98,7 @@ def unseen_share(log_weight: Float[Array, " n"], khat: Float[Array, ""] | float)
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.psis import unseen_share
+        >>> from numpyro_sbtm.core.psis import unseen_share
         >>> round(float(unseen_share(jnp.log(jnp.array([1.0, 1.0, 2.0])), 0.5)), 4)
         1.0
     """
@@ -122,7 +122,7 @@ def judged_tail_index(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.psis import judged_tail_index
+        >>> from numpyro_sbtm.core.psis import judged_tail_index
         >>> log_weight = 0.1 * jax.random.normal(jax.random.key(0), (1000,))
         >>> float(judged_tail_index(log_weight))
         -inf

@@ -10,8 +10,7 @@ from typing import Any
 from numpyro.infer import MCMC
 
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.sampler import Structure
-from numpyro_sbtm.state import Learned
+from numpyro_sbtm.sampler import Learned, Structure
 
 __all__ = ["Run", "keys_of_sequential_run"]
 

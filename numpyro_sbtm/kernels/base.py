@@ -21,17 +21,17 @@ from numpyro_sbtm.checks import flag, function, one_of, optional, probability, s
 from numpyro_sbtm.core.algorithm import Algorithm, Draws
 from numpyro_sbtm.core.chain import Chain, ChainState
 from numpyro_sbtm.core.decay import Rays
+from numpyro_sbtm.core.local import LOCAL_KERNELS, LocalMove, local_move
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import log_variance_at
-from numpyro_sbtm.fingerprint import Fingerprint, fingerprint
-from numpyro_sbtm.kernel_state import KernelState, chain_axes
-from numpyro_sbtm.local import LOCAL_KERNELS, LocalMove, local_move
-from numpyro_sbtm.model import Problem, from_model, from_potential, guide_moments, logdensity
-from numpyro_sbtm.periodic import wrap
-from numpyro_sbtm.sampler import Method, Sampler, locate
-from numpyro_sbtm.sequential import Run, keys_of_sequential_run
-from numpyro_sbtm.start import Precondition, StartingPoints
-from numpyro_sbtm.state import Learned, Located
+from numpyro_sbtm.kernels.fingerprint import Fingerprint, fingerprint
+from numpyro_sbtm.kernels.periodic import wrap
+from numpyro_sbtm.kernels.problem import Problem, from_model, from_potential, guide_moments, logdensity
+from numpyro_sbtm.kernels.sequential import Run, keys_of_sequential_run
+from numpyro_sbtm.kernels.state import KernelState, chain_axes
+from numpyro_sbtm.sampler import Learned, Method, Sampler, locate
+from numpyro_sbtm.search.ladder import Precondition, StartingPoints
+from numpyro_sbtm.search.located import Located
 
 __all__ = ["LearnedKernel", "absolute"]
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_sbtm.convergence import FEWEST_DRAWS, effective_size
+from numpyro_sbtm.core.psis import FINITE_VARIANCE_KHAT, tail_index, tail_index_error, unseen_share
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
-from numpyro_sbtm.psis import FINITE_VARIANCE_KHAT, tail_index, tail_index_error, unseen_share
+from numpyro_sbtm.reporting.convergence import FEWEST_DRAWS, effective_size
 
 __all__ = ["Estimate", "from_chains", "from_proposals", "lower_bound"]
 
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
         log_evidence: log Z.
         error: its standard error. Where k̂ may be above 0.5, being less than two of its own standard errors
             below, weights may have no finite variance, and it is at least what larger weights than any seen
-            are expected to add (`numpyro_sbtm.psis.unseen_share`).
+            are expected to add (`numpyro_sbtm.core.psis.unseen_share`).
         khat: Pareto k̂ of the weights; of their inverses on the chains' side.
         ess_fraction: effective sample fraction of the weights.
         heavy: whether they may have no finite variance.
@@ -68,7 +68,7 @@ def from_proposals(log_weight: Float[np.ndarray, " n"]) -> Estimate:
 
     Examples:
         >>> import numpy as np
-        >>> from numpyro_sbtm.evidence import from_proposals
+        >>> from numpyro_sbtm.reporting.evidence import from_proposals
         >>> found = from_proposals(-1e6 + 0.1 * np.random.default_rng(0).normal(size=4000))
         >>> round(found.log_evidence + 1e6, 2), round(found.error, 4)  # 0.1² / 2, and 0.1 / √4000
         (0.0, 0.0016)
@@ -97,7 +97,7 @@ def from_chains(log_weight: Float[np.ndarray, "C n"]) -> Estimate:
 
     Examples:
         >>> import numpy as np
-        >>> from numpyro_sbtm.evidence import from_chains
+        >>> from numpyro_sbtm.reporting.evidence import from_chains
         >>> found = from_chains(-1e6 + 0.1 * np.random.default_rng(0).normal(size=(4, 1000)))
         >>> round(found.log_evidence + 1e6, 2), round(float(found.error), 3)  # -0.1² / 2, and 0.1 / √4000
         (-0.01, 0.002)
@@ -141,7 +141,7 @@ def lower_bound(log_weight: Float[np.ndarray, " n"], log_evidence: float) -> tup
 
     Examples:
         >>> import numpy as np
-        >>> from numpyro_sbtm.evidence import lower_bound
+        >>> from numpyro_sbtm.reporting.evidence import lower_bound
         >>> bound, left_out = lower_bound(np.append(np.zeros(999), -1e4), np.log(0.999))
         >>> round(bound, 4), round(left_out, 4)
         (-0.001, 0.001)

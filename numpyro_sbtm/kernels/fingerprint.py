@@ -37,7 +37,7 @@ def fingerprint(*arguments: Any) -> Fingerprint:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.fingerprint import fingerprint
+        >>> from numpyro_sbtm.kernels.fingerprint import fingerprint
         >>> one, same, other = (fingerprint(jnp.array(y)) for y in ([0.0, 1.0], [0.0, 1.0], [1.0, 0.0]))
         >>> (one == same).all().item(), (one == other).any().item()
         (True, False)

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.compile import Stage, is_traced, run_stages
+from numpyro_sbtm.core.local import LocalMove
+from numpyro_sbtm.core.maps import Triangular, affine, whiten
 from numpyro_sbtm.core.mixture import Mixture, max_components, normal
-from numpyro_sbtm.core.population import NUM_WIDER, better_mixture, with_wider
+from numpyro_sbtm.core.psis import judged_tail_index
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.core.variational import dips_between
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
-from numpyro_sbtm.core.whitening import Whitening, affine, whiten
-from numpyro_sbtm.local import LocalMove
-from numpyro_sbtm.moves import first_step_size
-from numpyro_sbtm.psis import judged_tail_index
-from numpyro_sbtm.stages import Stage, is_traced, run_stages
-from numpyro_sbtm.state import Located
-from numpyro_sbtm.warm_start import DENSE, NUM_PARTICLES, warm_start
+from numpyro_sbtm.search.fit import dips_between
+from numpyro_sbtm.search.located import Located
+from numpyro_sbtm.search.moves import first_step_size
+from numpyro_sbtm.search.population import NUM_WIDER, better_mixture, with_wider
+from numpyro_sbtm.search.warm_start import DENSE, NUM_PARTICLES, warm_start
 
 __all__ = ["Precondition", "StartingPoints", "find_start", "most_components", "with_step_size"]
 
@@ -102,7 +102,7 @@ def most_components(dim: int) -> int:
     """Return how many components the mixture of any search in so few dimensions may have.
 
     Examples:
-        >>> from numpyro_sbtm.start import most_components
+        >>> from numpyro_sbtm.search.ladder import most_components
         >>> most_components(2), most_components(100)
         (66, 4)
     """
@@ -115,7 +115,7 @@ def _bettered(key: Key, target: Target, warm: Located) -> Located:
         return warm
 
     def adapt(
-        key: Key, whitening: Whitening, reference: Mixture, points: Float[Array, "m d"]
+        key: Key, whitening: Triangular, reference: Mixture, points: Float[Array, "m d"]
     ) -> tuple[Any, ...]:
         key_rounds, key_check = jax.random.split(key)
         density = whiten(target, whitening).logdensity_fn

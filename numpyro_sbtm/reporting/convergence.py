@@ -61,7 +61,7 @@ def convergence(samples: Any, latent: Any = None) -> Convergence:
 
     Examples:
         >>> import numpy as np
-        >>> from numpyro_sbtm.convergence import convergence
+        >>> from numpyro_sbtm.reporting.convergence import convergence
         >>> found = convergence({"x": np.random.default_rng(0).normal(size=(4, 500))})
         >>> found.rhat < 1.01, 1500 < found.bulk_size < 2500, 1500 < found.tail_size < 2500
         (True, True, True)

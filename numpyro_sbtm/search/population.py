@@ -36,7 +36,7 @@ def with_wider(mixture: Mixture, points: Float[Array, "n d"]) -> Mixture:
     Examples:
         >>> import jax.numpy as jnp
         >>> from numpyro_sbtm.core.mixture import normal
-        >>> from numpyro_sbtm.core.population import with_wider
+        >>> from numpyro_sbtm.search.population import with_wider
         >>> far = jnp.array([[9.0, 0.0], [0.0, 1.0]])
         >>> [[round(std, 1) for std in row] for row in with_wider(normal(2), far).std.tolist()]
         [[1.0, 1.0], [13.3, 1.5], [1.8, 1.8]]
@@ -85,7 +85,7 @@ def better_mixture(
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.core.mixture import normal
-        >>> from numpyro_sbtm.core.population import better_mixture, with_wider
+        >>> from numpyro_sbtm.search.population import better_mixture, with_wider
         >>> key, target = jax.random.key(0), lambda x: -0.5 * jnp.sum((x - 2.0) ** 2)
         >>> start = with_wider(normal(2, 2.0), jnp.zeros((9, 2)))
         >>> better = better_mixture(key, target, start, 1000, 5)

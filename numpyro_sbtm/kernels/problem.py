@@ -19,11 +19,11 @@ from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_sbtm.checks import shown
+from numpyro_sbtm.compile import run_stages
 from numpyro_sbtm.core.target import Key, LogDensity
-from numpyro_sbtm.core.variational import climb
-from numpyro_sbtm.failures import explained, refuse_overflow
-from numpyro_sbtm.lapack import most_points
-from numpyro_sbtm.periodic import (
+from numpyro_sbtm.factorisations import most_points
+from numpyro_sbtm.kernels.failures import explained, refuse_overflow
+from numpyro_sbtm.kernels.periodic import (
     Direction,
     find_centres,
     improper_directions,
@@ -31,7 +31,7 @@ from numpyro_sbtm.periodic import (
     window_log_density,
     wrap,
 )
-from numpyro_sbtm.stages import run_stages
+from numpyro_sbtm.search.fit import climb
 
 __all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensity"]
 

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from numpyro_sbtm.convergence import FEWEST_DRAWS, Convergence
-from numpyro_sbtm.evidence import Estimate
-from numpyro_sbtm.psis import USABLE_KHAT, harmless_tail
+from numpyro_sbtm.core.psis import USABLE_KHAT, harmless_tail
+from numpyro_sbtm.reporting.convergence import FEWEST_DRAWS, Convergence
+from numpyro_sbtm.reporting.evidence import Estimate
 
 __all__ = ["Check", "Judgement", "Measured", "Verdict", "checks", "joint_error", "judge", "printed_error"]
 
@@ -130,7 +130,7 @@ def judge(table: Sequence[Check], of: Literal["draws", "evidence"]) -> Judgement
     """Find the worst fault, the first in the table if there are several as bad.
 
     Examples:
-        >>> from numpyro_sbtm.verdict import Check, judge
+        >>> from numpyro_sbtm.reporting.verdict import Check, judge
         >>> low = Check("acceptance rate", 0.1, "low acceptance: train longer", (0.2, 0.05), least=True)
         >>> judge([low], "draws")
         Judgement(verdict='caution', advice='low acceptance: train longer')

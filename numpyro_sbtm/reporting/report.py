@@ -12,16 +12,16 @@ from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
 from numpyro_sbtm import plots
-from numpyro_sbtm.adapter import LearnedKernel, absolute
 from numpyro_sbtm.checks import shown, whole
-from numpyro_sbtm.convergence import Convergence, convergence, site_name
 from numpyro_sbtm.core.algorithm import Draws
 from numpyro_sbtm.core.decay import Rays
+from numpyro_sbtm.core.psis import tail_index
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.evidence import Estimate, from_chains, from_proposals, lower_bound
-from numpyro_sbtm.kernel_state import KernelState
-from numpyro_sbtm.psis import tail_index
-from numpyro_sbtm.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
+from numpyro_sbtm.kernels.base import LearnedKernel, absolute
+from numpyro_sbtm.kernels.state import KernelState
+from numpyro_sbtm.reporting.convergence import Convergence, convergence, site_name
+from numpyro_sbtm.reporting.evidence import Estimate, from_chains, from_proposals, lower_bound
+from numpyro_sbtm.reporting.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def pareto_khat(log_weight: Float[Array, " n"]) -> float:
 
     Examples:
         >>> import jax
-        >>> from numpyro_sbtm.results import pareto_khat
+        >>> from numpyro_sbtm.reporting.report import pareto_khat
         >>> pareto_khat(0.1 * jax.random.normal(jax.random.key(0), (1000,))) < 0.5
         True
     """
@@ -71,7 +71,7 @@ class Report:
         log_evidence: log marginal likelihood, from fresh proposals of the frozen sampler.
         log_evidence_se: its standard error. Where k̂ may be above 0.5, being less than two of its own standard
             errors below, the weights may have no finite variance, and it is at least what larger weights than
-            any seen are expected to add (`numpyro_sbtm.psis.unseen_share`). There, and where the two
+            any seen are expected to add (`numpyro_sbtm.core.psis.unseen_share`). There, and where the two
             estimates are more than two joint errors apart, it is at least their difference.
         backward_log_evidence: log evidence from the chains' own weights, minus log mean 1/w; NaN for raw
             draws. Local moves may find what is never proposed: then the two estimates disagree.

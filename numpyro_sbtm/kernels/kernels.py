@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_sbtm.adapter import LearnedKernel
 from numpyro_sbtm.checks import (
     flag,
     names_unknown_options,
@@ -48,9 +47,10 @@ from numpyro_sbtm.core.mixture import moments
 from numpyro_sbtm.core.process import Net, Process, dis
 from numpyro_sbtm.core.sbtm import sbtm
 from numpyro_sbtm.core.target import LogDensity, Target
+from numpyro_sbtm.kernels.base import LearnedKernel
 from numpyro_sbtm.networks import denoiser, potential, score_mlp
-from numpyro_sbtm.start import Precondition
-from numpyro_sbtm.state import Located
+from numpyro_sbtm.search.ladder import Precondition
+from numpyro_sbtm.search.located import Located
 
 __all__ = [
     "ANNEALINGS",
@@ -617,7 +617,7 @@ class SBTMKernel(LearnedKernel):
     def _algorithm(self, target: Target, located: Located, num_warmup: int) -> Algorithm:
         num_maps = min(self._num_maps, num_warmup)
         # where the warm start had to look for the posterior's shape, or found it, it is not made wider
-        plain = len(located.reference.log_weight) == 1 and located.whitening.margins is None
+        plain = len(located.reference.log_weight) == 1 and getattr(located.whitening, "margins", None) is None
         scale = jnp.where(located.near_exact(), 1.0, self._scale) if plain else 1.0
         return sbtm(
             target,

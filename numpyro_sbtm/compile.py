@@ -65,7 +65,7 @@ def run_stages(stages: Sequence[Stage], *values: Any, results: list[Any] | None 
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.stages import run_stages
+        >>> from numpyro_sbtm.compile import run_stages
         >>> stages = [lambda x: (x.sum(), x.size), lambda total, size: (total / size,)]
         >>> float(run_stages(stages, jnp.arange(4.0))[0])
         1.5

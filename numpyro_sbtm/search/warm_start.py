@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.likelihood import fit_points
+from numpyro_sbtm.compile import Stage
+from numpyro_sbtm.core.lazy import load
+from numpyro_sbtm.core.maps import LowRank, Triangular, affine, whiten
+from numpyro_sbtm.core.maps.spline import fit_margins, identity_margins
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
 from numpyro_sbtm.core.target import Key, Target
-from numpyro_sbtm.core.variational import (
+from numpyro_sbtm.search.fit import (
     Fit,
     diagonal_guesses,
     first_guesses,
@@ -18,18 +21,8 @@ from numpyro_sbtm.core.variational import (
     fit_low_rank,
     likely_radius,
 )
-from numpyro_sbtm.core.whitening import (
-    LowRank,
-    Whitening,
-    affine,
-    fit_margins,
-    identity_margins,
-    invert,
-    unwhiten,
-    whiten,
-)
-from numpyro_sbtm.lazy import load
-from numpyro_sbtm.modes import (
+from numpyro_sbtm.search.fit_points import fit_points
+from numpyro_sbtm.search.modes import (
     Mode,
     describe_modes,
     gradients_per_mode,
@@ -38,7 +31,7 @@ from numpyro_sbtm.modes import (
     polish,
     separate_fits,
 )
-from numpyro_sbtm.moves import (
+from numpyro_sbtm.search.moves import (
     LEAPS,
     adapted,
     drift_between,
@@ -47,7 +40,6 @@ from numpyro_sbtm.moves import (
     or_very_low,
     spread_out,
 )
-from numpyro_sbtm.stages import Stage
 
 __all__ = ["DENSE", "NUM_PARTICLES", "tempered_particles", "warm_start"]
 
@@ -78,7 +70,7 @@ def tempered_particles(
     Temperatures keep the effective sample size of every reweighting at 0.7 of the particles. Step sizes
     are random, and follow the acceptance rate. A log density that is not finite counts as very low. At the
     target itself moves go on for longer where they change a variance (see
-    `numpyro_sbtm.moves.drift_between`).
+    `numpyro_sbtm.search.moves.drift_between`).
 
     Args:
         key: random key.
@@ -101,7 +93,7 @@ def tempered_particles(
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.core import Target
         >>> from numpyro_sbtm.core.mixture import normal
-        >>> from numpyro_sbtm.warm_start import tempered_particles
+        >>> from numpyro_sbtm.search.warm_start import tempered_particles
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2 / 0.01), 2)
         >>> x, log_z, gradients, drift = tempered_particles(jax.random.key(0), target, normal(2), 500)
         >>> x.mean(0).round(1).tolist()
@@ -157,8 +149,8 @@ def tempered_particles(
 
 
 def _refine(
-    key: Key, target: Target, first: Whitening, particles: Float[Array, "n d"], order: Int[Array, " d"]
-) -> tuple[Whitening, Float[Array, "n d"], Float[Array, ""]]:
+    key: Key, target: Target, first: Triangular, particles: Float[Array, "n d"], order: Int[Array, " d"]
+) -> tuple[Triangular, Float[Array, "n d"], Float[Array, ""]]:
     """Fit a map to the particles, move them where it whitens, and so on.
 
     A tail or a neck where tempering left a few particles is as wide as all else under a map that is fitted to
@@ -170,10 +162,10 @@ def _refine(
     """
     n = len(particles)
 
-    def moved(key: Key, whitening: Whitening, x: Float[Array, "n d"]):  # type: ignore[no-untyped-def]
-        u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
+    def moved(key: Key, whitening: Triangular, x: Float[Array, "n d"]):  # type: ignore[no-untyped-def]
+        u = jax.vmap(lambda y: whitening.inverse(y)[0])(x)
         end = hmc_moves(key, whiten(target, whitening).logdensity_fn, u, _REFINING_MOVES).position
-        return jax.vmap(lambda u: unwhiten(whitening, u)[0])(end), drift_between(u, end).astype(x.dtype)
+        return jax.vmap(lambda u: whitening.forward(u)[0])(end), drift_between(u, end).astype(x.dtype)
 
     def refine(carry, inputs):  # type: ignore[no-untyped-def]
         k, key = inputs
@@ -184,10 +176,10 @@ def _refine(
         carry = jax.lax.cond(k < _REFINEMENTS, lambda: moved(key_moves, whitening, x), lambda: (x, drift))
         return carry, whitening
 
-    x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
+    x = jax.vmap(lambda u: first.forward(u)[0])(particles)
     rounds = jnp.arange(_REFINEMENTS + 2), jax.random.split(key, _REFINEMENTS + 2)
     (x, drift), whitenings = jax.lax.scan(refine, (x, jnp.zeros((), x.dtype)), rounds)
-    particles = jax.vmap(lambda y: invert(first, y)[0])(x)
+    particles = jax.vmap(lambda y: first.inverse(y)[0])(x)
     return jax.tree.map(lambda leaf: leaf[_REFINEMENTS:], whitenings), particles, drift
 
 
@@ -309,7 +301,7 @@ def warm_start(
     def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
         found = fit(keys[0], target, guesses)
         first = jax.tree.map(lambda a, b: jnp.where(found.separate, a, b), found.pooled, found.best)
-        return keys, found, first, _covering(jax.vmap(lambda x: invert(first, x)[0])(scouts))
+        return keys, found, first, _covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts))
 
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
         num = _FEW_PARTICLES if brief else NUM_PARTICLES
@@ -330,22 +322,22 @@ def warm_start(
 def _choose(
     keys: Key,
     found: Fit,
-    first: Whitening,
+    first: Triangular,
     particles: Float[Array, "n d"],
     log_z: Float[Array, ""],
     gradients: Int[Array, ""],
     drift: Float[Array, ""],
-    fitted: Whitening | None = None,
-) -> tuple[Whitening, Mixture, Float[Array, "n d"], Int[Array, ""], Float[Array, ""], Key]:
+    fitted: Triangular | None = None,
+) -> tuple[Triangular, Mixture, Float[Array, "n d"], Int[Array, ""], Float[Array, ""], Key]:
     """Choose the map and the mixture, from what was found and the particles that ``first`` whitens.
 
     ``fitted`` are two maps, stacked: of the first half of the particles, which is compared, and of all.
     """
     n, dim = particles.shape
     size = max_components(n, dim)
-    own = jax.vmap(lambda x: invert(first, x)[0])(found.draws.reshape(-1, dim)).reshape(found.draws.shape)
+    own = jax.vmap(lambda x: first.inverse(x)[0])(found.draws.reshape(-1, dim)).reshape(found.draws.shape)
     particles = _add_missing(keys[2], particles, log_z, found.elbos, own)
-    x = jax.vmap(lambda u: unwhiten(first, u)[0])(particles)
+    x = jax.vmap(lambda u: first.forward(u)[0])(particles)
 
     sizes = sorted({2} | {size >> shift for shift in range(size.bit_length() - 1)})
     flat, diagonal = _affine_maps(x, found.best.order)
@@ -362,11 +354,11 @@ def _choose(
 
     def attempt(
         row: Int[Array, ""], weight: Float[Array, " n"], last: Bool[Array, ""]
-    ) -> tuple[Whitening, Mixture]:
+    ) -> tuple[Triangular, Mixture]:
         number = which[row] + (last & (which[row] == _FITTED))
         whitening = jax.tree.map(lambda leaf: leaf[number], whitenings)
         kind, key_row = kinds[row], jax.random.fold_in(key_mixture, row)
-        u = jax.vmap(lambda y: invert(whitening, y)[0])(x)
+        u = jax.vmap(lambda y: whitening.inverse(y)[0])(x)
         margins = jax.lax.cond(kind == _MARGINS, lambda: fit_margins(u, weight), lambda: blank)
         mixture = jax.lax.cond(
             kind > _MARGINS, lambda: fit_mixture(key_row, u, weight, kind, size), lambda: plain
@@ -379,7 +371,7 @@ def _choose(
         last = k == len(rows)
         row = jnp.where(last, jnp.argmax(scores), k)
         whitening, mixture = attempt(row, jnp.where(last, 1.0, train), last)
-        u, log_det = jax.vmap(lambda y: invert(whitening, y))(x)
+        u, log_det = jax.vmap(lambda y: whitening.inverse(y))(x)
         score = (1.0 - train) @ (jax.vmap(mixture.log_prob)(u) - log_det) / (n - n // 2)
         score = jnp.where(jnp.isfinite(score), score, -jnp.inf) + jnp.where(row == 0, _TIE, 0.0)
         return (scores.at[row].set(score), whitening, mixture, u), None
@@ -413,7 +405,7 @@ def _wide_warm_start(target: Target) -> list[Stage]:
         flat = jax.tree.map(lambda leaf: leaf[best], fits)
 
         def go(_):  # type: ignore[no-untyped-def]
-            base = _covering(jax.vmap(lambda x: invert(flat, x)[0])(scouts))
+            base = _covering(jax.vmap(lambda x: flat.inverse(x)[0])(scouts))
             particles, _, more, drift = tempered_particles(keys[1], whiten(target, flat), base)
             return particles, more, drift
 
@@ -429,7 +421,7 @@ def _wide_warm_start(target: Target) -> list[Stage]:
             guess = _leading_directions(keys[2], flat, v, usable)
             fits, _, more = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
             whitening = jax.tree.map(lambda leaf: leaf[0], fits)
-            u = jax.vmap(lambda v: invert(whitening, unwhiten(flat, v)[0])[0])(v)
+            u = jax.vmap(lambda v: whitening.inverse(flat.forward(v)[0])[0])(v)
             return whitening, _only_normal(found.mixture), u, more
 
         stay = found.whitening, found.mixture, particles, jnp.zeros((), jnp.int32)
@@ -500,7 +492,7 @@ def _mixture_of_modes(
         every = n // num_draws(dim)  # no draw twice: repeated, they would look like structure
         which, x = (part[::every] for part in chosen(mixture))
         means = jnp.mean(modes.draws, 1)[which]
-        v = jax.vmap(lambda y: invert(flat, y)[0])(x - means + jnp.mean(x, 0))
+        v = jax.vmap(lambda y: flat.inverse(y)[0])(x - means + jnp.mean(x, 0))
         common = _leading_directions(key_map, flat, v, jnp.all(jnp.isfinite(v)))
         return (common, whitening, mixture), None
 
@@ -510,7 +502,7 @@ def _mixture_of_modes(
             jax.eval_shape(lambda: describe_modes(key_mixture, target, flat, fits, there, modes)),
         )
         (_, whitening, mixture), _ = jax.lax.scan(describe, (flat, flat, mixture), length=2)
-        u = jax.vmap(lambda y: invert(whitening, y)[0])(chosen(mixture)[1])
+        u = jax.vmap(lambda y: whitening.inverse(y)[0])(chosen(mixture)[1])
         present = jnp.isfinite(mixture.log_weight)
         drift = jnp.max(jnp.where(present, modes.drift, 0.0))
         return _Modes(jnp.sum(present) > 1, whitening, mixture, u, drift)
@@ -574,7 +566,7 @@ def _only_normal(like: Mixture) -> Mixture:
     )
 
 
-def _affine_maps(x: Float[Array, "n d"], order: Int[Array, " d"]) -> tuple[Whitening, Whitening]:
+def _affine_maps(x: Float[Array, "n d"], order: Int[Array, " d"]) -> tuple[Triangular, Triangular]:
     """Make the affine maps with the points' mean and covariance, and with their variances alone."""
     dim = x.shape[1]
     loc = jnp.mean(x, 0)[order]

@@ -7,9 +7,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import guarded_update
+from numpyro_sbtm.core.maps import Triangular, affine
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.core.variational import TRIANGULAR, Shape
-from numpyro_sbtm.core.whitening import Whitening, affine, invert
+from numpyro_sbtm.search.fit import TRIANGULAR, Shape
 
 __all__ = ["fit_points"]
 
@@ -17,7 +17,7 @@ _NUM_UPDATES, _BATCH_SIZE, _RATE = 800, 512, 0.01
 _RIDGE = 1e-6  # added to a correlation matrix
 
 
-def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -> Whitening:
+def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -> Triangular:
     """Fit a whitening to points by penalised maximum likelihood, from the affine map of their moments.
 
     It covers all that the points do, tails and necks as well, where variational inference cuts off what does
@@ -39,12 +39,12 @@ def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.core.likelihood import fit_points
-        >>> from numpyro_sbtm.core.whitening import invert
+        >>> from numpyro_sbtm.search.fit_points import fit_points
+
         >>> z = jax.random.normal(jax.random.key(0), (2000, 2))
         >>> funnel = jnp.stack([z[:, 0], jnp.exp(z[:, 0]) * z[:, 1]], 1)
         >>> fitted = fit_points(jax.random.key(1), funnel, jnp.arange(2))
-        >>> u = jax.vmap(lambda x: invert(fitted, x)[0])(funnel)
+        >>> u = jax.vmap(lambda x: fitted.inverse(x)[0])(funnel)
         >>> bool(jnp.max(jnp.abs(u)) < 6.0), bool(jnp.max(jnp.abs(funnel[:, 1] / funnel[:, 1].std())) > 6.0)
         (True, True)
     """
@@ -59,7 +59,7 @@ def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -
     )
 
     def loss(shape: Shape, batch: Float[Array, "b d"]) -> Float[Array, ""]:
-        u, log_det = jax.vmap(lambda x: invert(TRIANGULAR.build(guess, shape), x))(batch)
+        u, log_det = jax.vmap(lambda x: TRIANGULAR.build(guess, shape).inverse(x))(batch)
         free = (jnp.tril(part, -1) for part in (shape.scale, shape.log_scale_slope, shape.shift_slope))
         penalty = sum(jnp.sum(jnp.abs(part)) for part in free) / n**0.5
         return jnp.mean(0.5 * jnp.sum(u * u, -1) + log_det) + penalty
