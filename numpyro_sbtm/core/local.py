@@ -55,7 +55,7 @@ def local_move(name: str) -> LocalMove:
         kernel = hmc.build_kernel()
         extra = (_LEAPS if name == "hmc" else 1,)
 
-    def step(key: Key, logdensity_fn: LogDensity, u: Float[Array, " d"], step_size: Float[Array, ""]):  # type: ignore[no-untyped-def]
+    def step(key: Key, logdensity_fn: LogDensity, u: Float[Array, " d"], step_size: Float[Array, ""] | float):  # type: ignore[no-untyped-def]
         key_jitter, key_move = jax.random.split(key)
         low, high = _JITTER
         factor = jax.random.uniform(key_jitter, (), u.dtype, low, high)

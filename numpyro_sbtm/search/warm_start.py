@@ -320,7 +320,7 @@ def warm_start(
 
 
 def _choose(
-    keys: Key,
+    keys: Array,
     found: Fit,
     first: Triangular,
     particles: Float[Array, "n d"],
