@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of options, made before anything is computed: an error names the option, its value and the cure."""
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -30,7 +31,7 @@ _MANY = 2**24  # no option that counts is sensible above this
 _MAX_SHOWN = 80
 
 _ELSEWHERE = {
-    "target_accept_prob": "NUTS's: how good the proposals shall be is `target_acceptance` here",
+    "target_accept_prob": "NUTS's: how good the proposals shall be is `target_acceptance`, of `training`",
     "step_size": "NUTS's: local moves (`local_kernel`) find their step size themselves",
     "adapt_step_size": "NUTS's: local moves (`local_kernel`) find their step size themselves",
     "find_heuristic_step_size": "NUTS's: local moves (`local_kernel`) find their step size themselves",
@@ -50,6 +51,10 @@ _ELSEWHERE = {
     "init_params": "that of `run` of `numpyro.infer.MCMC`",
     "process": "that of `DiffusionKernel`",
     "divergence": "that of `DiffusionKernel`",
+    "width": "the network's: pass `network=functools.partial(denoiser, width=...)` or its like",
+    "depth": "the network's: pass `network=functools.partial(denoiser, depth=...)` or its like",
+    "smc_particles": "`Correction`'s: pass `correction=Correction(num_particles=...)`",
+    "always_train": "that of `training`: pass `training=DiffusionTraining(always=...)` or its like",
 }
 """Options that users bring along from elsewhere: whose they are, and what to do."""
 
@@ -209,7 +214,7 @@ def optional(check: Callable[..., Any], name: str, value: Any, *bounds: Any) -> 
 def names_unknown_options(init: Callable[Options, None]) -> Callable[Options, None]:
     """Make a constructor say whose option an unknown keyword is, and what to write instead.
 
-    Its signature stays as it is.
+    Its signature stays as it is. Options that are groups, dataclasses, are looked into.
 
     Raises:
         TypeError: from the constructor, for a keyword that it does not have.
@@ -224,7 +229,9 @@ def names_unknown_options(init: Callable[Options, None]) -> Callable[Options, No
         ...
         TypeError: Kernel has no option `widht`, got 3. Is `width` meant? It has width.
     """
-    known = list(inspect.signature(init).parameters)[1:]
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    known = [parameter.name for parameter in parameters]
+    groups = {one.name: type(one.default) for one in parameters if dataclasses.is_dataclass(one.default)}
 
     @functools.wraps(init)
     def checked(*args: Options.args, **options: Options.kwargs) -> None:
@@ -232,14 +239,17 @@ def names_unknown_options(init: Callable[Options, None]) -> Callable[Options, No
             if name not in known:
                 raise TypeError(
                     f"{type(args[0]).__name__} has no option `{name}`, got {shown(value)}. "
-                    + _advice(name, known)
+                    + _advice(name, known, groups)
                 )
         init(*args, **options)
 
     return checked
 
 
-def _advice(name: str, known: list[str]) -> str:
+def _advice(name: str, known: list[str], groups: dict[str, type]) -> str:
+    for option, group in groups.items():
+        if name in group.__dataclass_fields__:  # type: ignore[attr-defined]
+            return f"It is one of `{option}`: pass `{option}={group.__name__}({name}=...)`."
     if name in _ELSEWHERE:
         return f"It is {_ELSEWHERE[name]}."
     close = difflib.get_close_matches(name, known, 1)

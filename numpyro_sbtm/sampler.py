@@ -21,6 +21,7 @@ from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.psis import USABLE_KHAT, judged_tail_index
 from numpyro_sbtm.core.target import Key, Params, Target
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.ladder import (
     Precondition,
     StartingPoints,
@@ -74,6 +75,7 @@ class Method(NamedTuple):
         shorten: whether a part of the training steps is enough where the search's draws are near exact.
         quiet: whether draws end without local moves where the search's draws are nearly exact.
         always_train: whether to train also where the search's draws are good enough as proposals.
+        search: how much is looked for.
     """
 
     algorithm: Callable[[Target, Located, int], Algorithm]
@@ -82,6 +84,7 @@ class Method(NamedTuple):
     shorten: bool
     quiet: bool
     always_train: bool
+    search: Search
 
 
 class Structure(NamedTuple):
@@ -312,7 +315,7 @@ def locate(
         The sampler before training, and what it needs: train it if ``structure.learned``.
     """
     key_search, key_local = jax.random.split(key)
-    located = find_start(key_search, target, where, precondition)
+    located = find_start(key_search, target, where, precondition, method.search)
     if structure is None:
         structure = _structure_of(located, method, own)
     located = _simplified(located, structure)
@@ -350,7 +353,8 @@ def _structure_of(located: Located, method: Method, own: bool) -> Structure:
     rotation = reference.rotation
     num_components = int(np.sum(np.isfinite(reference.log_weight)))
     if own and bool(located.searched):
-        num_components = max(len(reference.log_weight), most_components(reference.centre.shape[1]))
+        most = most_components(reference.centre.shape[1], method.search)
+        num_components = max(len(reference.log_weight), most)
     # between an effective fraction of a half and nine tenths a chain may stick for many draws
     exact = located.sufficient() & (located.ess_fraction > _EXACT)
     return Structure(

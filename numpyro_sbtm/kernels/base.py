@@ -11,17 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
+from numpyro.distributions.transforms import Transform
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMC, MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_sbtm.checks import flag, function, one_of, optional, probability, shown, whole
+from numpyro_sbtm.checks import flag, function, optional, shown, whole
 from numpyro_sbtm.core.algorithm import Algorithm, Draws
 from numpyro_sbtm.core.chain import Chain, ChainState
 from numpyro_sbtm.core.decay import Rays
-from numpyro_sbtm.core.local import LOCAL_KERNELS, LocalMove, local_move
+from numpyro_sbtm.core.local import LocalMove, local_move
+from numpyro_sbtm.core.maps import Map
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.kernels.fingerprint import Fingerprint, fingerprint
@@ -29,16 +32,34 @@ from numpyro_sbtm.kernels.periodic import wrap
 from numpyro_sbtm.kernels.problem import Problem, from_model, from_potential, guide_moments, logdensity
 from numpyro_sbtm.kernels.sequential import Run, keys_of_sequential_run
 from numpyro_sbtm.kernels.state import KernelState, chain_axes
+from numpyro_sbtm.kernels.transform import TransformMap
+from numpyro_sbtm.options import Correction, DiffusionTraining, Search, TransportTraining, group_of
 from numpyro_sbtm.sampler import Learned, Method, Sampler, locate
 from numpyro_sbtm.search.ladder import Precondition, StartingPoints
 from numpyro_sbtm.search.located import Located
 
-__all__ = ["LearnedKernel", "absolute"]
+__all__ = ["OPTIONS", "LearnedKernel", "absolute", "checked_optimizer"]
 
 _ARRAY = object()  # stands for an array among a model's arguments
-_NUM_STARTS = 8
-_MOST_PARTICLES = 2**16
 _MAX_MAPPINGS = 0.6  # share of the process's memory mappings that leaves room for another run
+
+
+OPTIONS = """
+        optimizer: an optax optimiser, or a function of the number of training steps that makes one; None for
+            Adam (see ``training.learning_rate``). Of functions only those of a module can be pickled with the
+            kernel.
+        precondition: how the posterior is whitened before anything is learned. 'auto' fits a triangular
+            map by variational inference from several starts; ``(loc, scale_tril)`` is an affine map of the
+            flattened unconstrained space, sites in sorted order; an AutoGuide of the model is fitted by
+            stochastic variational inference and gives its draws' mean and covariance; any other bijection,
+            such as a flow, has ``forward`` and ``inverse`` (see `numpyro_sbtm.core.maps.Map`) or is a
+            transform of NumPyro; None leaves the space as it is.
+        search: how the posterior is looked for, with 'auto' (see `Search`).
+        correction: how draws are made of proposals (see `Correction`).
+        forward_mode_differentiation: differentiate the model in forward mode, for ``while_loop``.
+        init_strategy: one of NumPyro's initialisation strategies.
+"""
+"""What all kernels are documented to take."""
 
 
 def _check_model(model: Any, potential_fn: Any) -> None:
@@ -58,19 +79,24 @@ def _check_model(model: Any, potential_fn: Any) -> None:
     optional(function, "potential_fn", potential_fn, cure)
 
 
-def _check_precondition(precondition: Precondition | AutoGuide, has_model: bool) -> None:
+def _check_precondition(precondition: Any, has_model: bool) -> None:
     if isinstance(precondition, AutoGuide) and not has_model:
         raise ValueError(
             f"`precondition` is a guide, {type(precondition).__name__}, which needs a `model`, but a "
             "`potential_fn` was given. Pass 'auto' or a pair `(loc, scale_tril)`."
         )
-    if precondition is None or isinstance(precondition, AutoGuide):
+    if precondition is None or isinstance(precondition, AutoGuide | Transform):
         return
-    if isinstance(precondition, str) and precondition in ("auto", "refined"):
+    if isinstance(precondition, str) and precondition == "auto":
+        return
+    if isinstance(precondition, Map) and not isinstance(precondition, type):
         return
     cure = (
-        "Pass 'auto', 'refined', None, an AutoGuide, or a pair `(loc, scale_tril)` of shapes [d] and [d, d]."
+        "Pass 'auto', None, an AutoGuide, a pair `(loc, scale_tril)` of shapes [d] and [d, d], or a "
+        "bijection with `forward` and `inverse` (see `numpyro_sbtm.core.maps.Map`)."
     )
+    if precondition == "refined":
+        cure = "Pass `search=Search(refine=True)`."
     if isinstance(precondition, type) and issubclass(precondition, AutoGuide):
         cure = f"Pass the guide of your model, `{precondition.__name__}(model)`."
     if not isinstance(precondition, tuple) or len(precondition) != 2:
@@ -104,6 +130,16 @@ def _check_precondition(precondition: Precondition | AutoGuide, has_model: bool)
             f"{shown(diagonal)}: all draws would be the same. Rescale the model's sites, or use "
             "`jax.config.update('jax_enable_x64', True)`."
         )
+
+
+def checked_optimizer(optimizer: Any) -> Any:
+    """Check an optimiser, or what makes one."""
+    if optimizer is None or isinstance(optimizer, optax.GradientTransformation) or callable(optimizer):
+        return optimizer
+    raise TypeError(
+        f"`optimizer` must be an optax optimiser, or a function of the number of training steps that makes "
+        f"one, got {shown(optimizer)}. Pass None for the default."
+    )
 
 
 def _checked(state: Any) -> tuple[Learned, ChainState]:
@@ -173,15 +209,10 @@ class LearnedKernel(MCMCKernel):
         model: Callable[..., Any] | None,
         potential_fn: Callable[..., Any] | None,
         *,
-        target_acceptance: float | None,
-        precondition: Precondition | AutoGuide,
-        always_train: bool,
-        correction: str | None,
-        shared: bool,
-        block_size: int,
-        steps_per_draw: int,
-        local_kernel: str | None,
-        smc_particles: int,
+        precondition: Any,
+        search: Search,
+        training: DiffusionTraining | TransportTraining,
+        correction: Correction,
         forward_mode_differentiation: bool,
         init_strategy: Callable[..., Any],
     ) -> None:
@@ -190,21 +221,17 @@ class LearnedKernel(MCMCKernel):
         self._model = model
         self._potential_fn = potential_fn
         # log weights never vary by less than nothing
-        acceptance = optional(probability, "target_acceptance", target_acceptance)
+        acceptance = training.target_acceptance
         self._goal = 0.0 if acceptance is None else log_variance_at(acceptance)
         self._precondition = precondition
-        self._always_train = flag("always_train", always_train)
-        self._correction = one_of("correction", correction, ("metropolis", None))
-        self._shared = flag("shared", shared)
-        self._block_size = whole("block_size", block_size)
-        self._steps_per_draw = whole("steps_per_draw", steps_per_draw)
-        self._local_kernel = one_of("local_kernel", local_kernel, ("auto", *LOCAL_KERNELS, None))
-        self._smc_particles = whole("smc_particles", smc_particles, 0, _MOST_PARTICLES)
+        self._search = group_of("search", Search, search)
+        self._always_train = training.always
+        self._correction = group_of("correction", Correction, correction)
         self._forward_mode = flag("forward_mode_differentiation", forward_mode_differentiation)
         self._init_strategy = function(
             "init_strategy", init_strategy, "Pass one of `numpyro.infer`'s, such as `init_to_median`."
         )
-        self._shortens = True  # training, where the warm start is near exact
+        self._shortens = True  # training, where what was found is near exact
         self._forget()
 
     def _forget(self) -> None:
@@ -233,9 +260,9 @@ class LearnedKernel(MCMCKernel):
         return self.sample if self._set_up else None
 
     @property
-    def correction(self) -> str | None:
-        """'metropolis' for exact draws, None for raw ones."""
-        return self._correction
+    def corrected(self) -> bool:
+        """Whether draws are exact; else they are raw draws of the sampler."""
+        return self._correction.metropolis
 
     def postprocess_fn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the map from unconstrained values to the model's sites."""
@@ -274,7 +301,7 @@ class LearnedKernel(MCMCKernel):
         if init_params is not None and single:
             init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
         run = self._run_of(rng_key, Run(num_warmup, model_args, kwargs))
-        if single or self._shared:
+        if single or self._correction.shared:
             state = self._init_system(rng_key, init_params, run)
         else:
             states = []
@@ -386,8 +413,8 @@ class LearnedKernel(MCMCKernel):
 
     def _chains(self, sampler: Sampler, several: Any, foreign: Any = None) -> Chain:
         return sampler.chain(
-            steps_per_draw=self._steps_per_draw,
-            block_size=self._block_size,
+            steps_per_draw=self._correction.steps_per_draw,
+            block_size=self._correction.block_size,
             doubtful=several is not None,
             foreign=foreign,
         )
@@ -558,7 +585,7 @@ class LearnedKernel(MCMCKernel):
                 self._potential_fn,
                 init_params,
                 num_chains=num_chains,
-                num_starts=_NUM_STARTS,
+                num_starts=self._search.num_starts,
                 forward_mode=self._forward_mode,
             )
         assert self._model is not None  # checked by the constructor
@@ -568,7 +595,7 @@ class LearnedKernel(MCMCKernel):
             model_args,
             model_kwargs,
             num_chains=num_chains,
-            num_starts=_NUM_STARTS,
+            search=self._search,
             init_strategy=self._init_strategy,
             init_params=init_params,
             forward_mode=self._forward_mode,
@@ -601,10 +628,11 @@ class LearnedKernel(MCMCKernel):
         return Method(
             algorithm=self._algorithm,
             local=self._local_move(),
-            corrected=self._correction is not None,
+            corrected=self._correction.metropolis,
             shorten=self._shortens,
-            quiet=self._local_kernel == "auto",
+            quiet=self._correction.local_kernel == "auto",
             always_train=self._always_train,
+            search=self._search,
         )
 
     def _init_system(self, rng_key: Key, init_params: Any, run: Run, *, several: bool = False) -> KernelState:
@@ -627,15 +655,15 @@ class LearnedKernel(MCMCKernel):
             )
         self._known = data if isinstance(data, np.ndarray) else None
         if run.learned is None:
-            learned = self._learn(
-                key_learn, problem, run, data, own=not self._shared and (several or run.keys is not None)
-            )
-            if run.keys is not None and self._shared:
+            own = not self._correction.shared and (several or run.keys is not None)
+            learned = self._learn(key_learn, problem, run, data, own=own)
+            if run.keys is not None and self._correction.shared:
                 run.learned = learned._replace(gradients=jnp.zeros_like(learned.gradients))
         else:  # paid for by the first chain
             learned = run.learned
         assert run.structure is not None
-        doubtful = not several and run.structure.doubtful and self._smc_particles > 1 and problem.small
+        may = not several and problem.small and self._correction.num_particles > 1
+        doubtful = may and run.structure.doubtful
         return self._first_state(problem, learned, keys, run, data, doubtful)
 
     def _learn(self, key: Key, problem: Problem, run: Run, data: Fingerprint, *, own: bool) -> Learned:
@@ -702,6 +730,10 @@ class LearnedKernel(MCMCKernel):
         if isinstance(precondition, AutoGuide):
             assert self._model is not None  # checked by the constructor
             precondition = guide_moments(key, precondition, self._model, model_args, model_kwargs)
+        if isinstance(precondition, Transform):
+            return TransformMap(precondition)
+        if isinstance(precondition, Map):
+            return precondition
         if isinstance(precondition, tuple) and len(precondition[0]) != dim:
             raise ValueError(
                 f"`precondition` is for dimension {len(precondition[0])}, but the posterior has "
@@ -713,9 +745,10 @@ class LearnedKernel(MCMCKernel):
         return precondition
 
     def _local_move(self) -> LocalMove | None:
-        if self._local_kernel is None:
-            return None
-        return local_move("hmc" if self._local_kernel == "auto" else self._local_kernel)
+        chosen = self._correction.local_kernel
+        if chosen is None or isinstance(chosen, LocalMove):
+            return chosen
+        return local_move("hmc" if chosen == "auto" else chosen)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -31,11 +31,11 @@ from numpyro_sbtm.kernels.periodic import (
     window_log_density,
     wrap,
 )
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.fit import climb
 
 __all__ = ["Problem", "from_model", "from_potential", "guide_moments", "logdensity"]
 
-_NUM_SCOUTS = 128
 _NUM_LOOKS = 32  # points from which directions without a prior are looked at
 _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
@@ -102,7 +102,7 @@ def from_model(
     model_kwargs: dict[str, Any],
     *,
     num_chains: int,
-    num_starts: int,
+    search: Search,
     init_strategy: Callable[..., Any],
     init_params: Any,
     forward_mode: bool,
@@ -118,7 +118,7 @@ def from_model(
         model_args: its positional arguments.
         model_kwargs: its keyword arguments.
         num_chains: how many valid positions to return.
-        num_starts: how many starts to return, an even number.
+        search: how many starts and draws of the prior to return.
         init_strategy: one of NumPyro's strategies.
         init_params: unconstrained positions with a leading axis of length ``num_chains``, or None.
         forward_mode: differentiate the model in forward mode.
@@ -145,6 +145,7 @@ def from_model(
             forward_mode_differentiation=forward_mode,
         )
 
+    num_starts = search.num_starts
     half = num_starts // 2
     refuse_overflow(model, model_args, model_kwargs)
     if init_params is not None:
@@ -182,7 +183,8 @@ def from_model(
     centre = _circles(problem, looks, directions, model_args, model_kwargs, forward_mode)
     potential_gen = _windowed(info.potential_fn, centre)
     potential_fn = potential_gen(*model_args, **model_kwargs)
-    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat, centre)
+    drawn = search.num_prior_draws
+    scouts = _scouts(key_prior, model, model_args, model_kwargs, potential_fn, values, flat, centre, drawn)
     if init_params is not None:
         positions = _given_positions(init_params, positions, potential_fn)
         starts = jnp.concatenate([_flat(positions), starts])[:half]
@@ -292,6 +294,7 @@ def _scouts(
     values: Any,
     others: Float[Array, "n d"],
     centre: np.ndarray,
+    num: int,
 ) -> Float[Array, "m d"]:
     """Draw from the prior, unconstrained; other points stand in for draws without a finite density."""
     _, unravel = ravel_pytree(_prototype(values))
@@ -307,11 +310,11 @@ def _scouts(
         return x, potential_fn(unravel(x))
 
     def scouts(key: Key, others: Float[Array, "n d"]) -> tuple[Float[Array, "m d"]]:
-        x, energy = jax.vmap(draw)(jax.random.split(key, _NUM_SCOUTS))
+        x, energy = jax.vmap(draw)(jax.random.split(key, num))
         finite = jnp.isfinite(energy) & jnp.all(jnp.isfinite(x), -1)
         # the finite draws first, again and again; without one, the other points
-        first = jnp.argsort(~finite)[jnp.arange(_NUM_SCOUTS) % jnp.maximum(jnp.sum(finite), 1)]
-        again = wrap(others[jnp.arange(_NUM_SCOUTS) % len(others)], centre)
+        first = jnp.argsort(~finite)[jnp.arange(num) % jnp.maximum(jnp.sum(finite), 1)]
+        again = wrap(others[jnp.arange(num) % len(others)], centre)
         return (jnp.where(jnp.any(finite), x[first], again),)
 
     return run_stages([scouts], key, others)[0]

@@ -95,11 +95,11 @@ class Report:
         training_steps: warm-up steps after which training gained nothing more and stopped.
         skipped_updates: updates left out because their gradient was not finite.
         ensemble: whether every proposal was chosen among several, because single ones had a bad k̂ (see the
-            kernels' ``smc_particles``); k̂ and all else is then that of the proposals so chosen.
+            `Correction`'s ``num_particles``); k̂ and all else is then that of the proposals so chosen.
         nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
         not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
         gradients: gradients of the target spent in the warm start and in training.
-        correction: 'metropolis', or None for raw draws.
+        corrected: whether draws are exact; else they are raw draws of the sampler.
         log_weight: of the fresh proposals, in float64, shape ``[n]``.
     """
 
@@ -131,7 +131,7 @@ class Report:
     nonfinite_proposals: int
     not_one_to_one: float
     gradients: int
-    correction: str | None
+    corrected: bool
     log_weight: np.ndarray
 
     @property
@@ -160,7 +160,7 @@ class Report:
         return max(self.draws, self.evidence, key=lambda judgement: grades.index(judgement.verdict))
 
     def __str__(self) -> str:
-        exact = "Metropolis-corrected" if self.correction else "UNCORRECTED: raw draws of the sampler"
+        exact = "Metropolis-corrected" if self.corrected else "UNCORRECTED: raw draws of the sampler"
         left_out = f" (without {self.elbo_left_out:.2%} of proposals)" if self.elbo_left_out > 0 else ""
         heavy = f" (k-hat {self.warm_start_khat:.2f})" if np.isfinite(self.warm_start_khat) else ""
         rows = [
@@ -182,7 +182,7 @@ class Report:
             ("target gradients in warm-up", f"{self.gradients:,}"),
         ]
         if self.ensemble:
-            rows.append(("proposals", "each chosen among several (`smc_particles`)"))
+            rows.append(("proposals", "each chosen among several (`Correction`)"))
         lines = [f"{name:<33}{value}" for name, value in rows]
         return "\n".join([f"draws: {self.draws}", f"evidence: {self.evidence}", *lines])
 
@@ -264,7 +264,7 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
     fresh = kernel.propose(state, each, key_proposals, mcmc._args, mcmc._kwargs)
     log_weight = np.asarray(fresh.log_weight).reshape(-1)
     measured = Measured(
-        corrected=kernel.correction is not None,
+        corrected=kernel.corrected,
         ensemble=_any(state.chain.several),
         searched=bool(np.all(np.asarray(state.learned.located.searched))),
         trained=state.learned.params is not None,
@@ -317,7 +317,7 @@ def _summary(
         nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
         not_one_to_one=measured.folded,
         gradients=int(np.sum(np.asarray(learned.gradients))),
-        correction=kernel.correction,
+        corrected=kernel.corrected,
         log_weight=log_weight,
     )
 
@@ -338,7 +338,7 @@ def _chains(mcmc: MCMC) -> Convergence:
 
 
 def _backward(mcmc: MCMC) -> Estimate | None:
-    if mcmc.sampler.correction is None:
+    if not mcmc.sampler.corrected:
         return None
     log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]
     return from_chains(absolute(log_weight, mcmc.last_state))

@@ -34,7 +34,7 @@ _FLOOR_OF_DRAWS = (0.1, 0.5)
 _CEILING = (0.5, 2.0)
 
 _LONGER = "train longer (`num_warmup`), or pass a wider `precondition`"
-_TRAIN = "train, although draws of the warm start looked good enough (`always_train=True`)"
+_TRAIN = "train, although draws of the warm start looked good enough (`always=True` of `training`)"
 
 
 class Measured(NamedTuple):
@@ -314,7 +314,7 @@ def _of_proposals(measured: Measured) -> list[Check]:
 def _of_evidence(measured: Measured) -> list[Check]:
     forward, error = measured.forward, printed_error(measured)
     cure = _LONGER if measured.trained else _TRAIN
-    cure = "raise `smc_particles`" if measured.ensemble else cure
+    cure = "raise `num_particles` of `correction`" if measured.ensemble else cure
     tail = f"the weights have a heavy tail (k-hat {forward.khat:.2f}): proposals are too narrow; {cure}"
     apart, joint = difference(measured), joint_error(measured)
     if np.isinf(apart):

@@ -10,30 +10,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import Stage, is_traced, run_stages
 from numpyro_sbtm.core.local import LocalMove
-from numpyro_sbtm.core.maps import Triangular, affine, whiten
+from numpyro_sbtm.core.maps import Map, affine, whiten
 from numpyro_sbtm.core.mixture import Mixture, max_components, normal
 from numpyro_sbtm.core.psis import judged_tail_index
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.fit import dips_between
 from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.moves import first_step_size
 from numpyro_sbtm.search.population import NUM_WIDER, better_mixture, with_wider
-from numpyro_sbtm.search.warm_start import DENSE, NUM_PARTICLES, warm_start
+from numpyro_sbtm.search.warm_start import warm_start
 
 __all__ = ["Precondition", "StartingPoints", "find_start", "most_components", "with_step_size"]
 
-Precondition = str | tuple[Any, Any] | None
-"""'auto', 'refined', ``(loc, scale_tril)``, or None; a kernel turns an AutoGuide into a pair."""
+Precondition = str | tuple[Any, Any] | Map | None
+"""'auto', ``(loc, scale_tril)``, a map, or None; a kernel turns an AutoGuide into a pair."""
 
-_NUM_CHECKED = 4096  # draws that judge the warm start
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
-_NUM_ROUNDS = 3  # in which draws better the mixture, as many in each as judge it
-_MOST_TURNED = (
-    64  # dimensions up to which it is; beyond, components with axes of their own make training dear
-)
 _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches further
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
@@ -54,78 +50,85 @@ class StartingPoints(NamedTuple):
     order: Int[Array, " d"]
 
 
-def find_start(key: Key, target: Target, where: StartingPoints, precondition: Precondition) -> Located:
+def find_start(
+    key: Key, target: Target, where: StartingPoints, precondition: Precondition, search: Search
+) -> Located:
     """Look for the posterior, or take what is given, and judge draws from there.
 
     Few particles look first. Where draws from what they show are good, the particles have arrived, and none
     of them lies outside, that is all; else many look. Where weights of draws are not nearly equal, draws
-    better the mixture, up to 64 dimensions. What is traced, and what has more than 128 dimensions, has no
-    first look, and its mixture stays.
+    better the mixture, in few enough dimensions, if they are then good enough. What is traced, and what has
+    too many dimensions for matrices, has no first look, and its mixture stays.
 
     Args:
         key: random key.
         target: the posterior on the unconstrained space.
         where: points to look from.
-        precondition: 'auto' or 'refined' to look for it (see `warm_start`), else the whitening itself.
+        precondition: 'auto' to look for it, else the whitening itself.
+        search: how much is looked for.
 
     Returns:
         What was found, without a step size.
     """
-    searched = isinstance(precondition, str)
-    check, (starts, scouts, order) = _check(target, searched), where
-    if not searched:
-        assert not isinstance(precondition, str)
-        return _judged(run_stages([_given(precondition), check], key, starts, scouts))
-    refined = precondition == "refined"
-    many = warm_start(target, order, refined)
-    if is_traced((key, starts)) or target.dim > DENSE:
+    starts, scouts, order = where
+    if not isinstance(precondition, str):
+        given = [_given(precondition), _check(target, search, False)]
+        return _judged(run_stages(given, key, starts, scouts))
+    many, check = warm_start(target, order, search), _check(target, search, search.num_particles > 0)
+    if is_traced((key, starts)) or target.dim > search.max_dense_dim or not search.num_particles:
         return _judged(run_stages([*many, check], key, starts, scouts))
     key_few, key_many = jax.random.split(jax.random.fold_in(key, 1))
-    if refined:
-        return _bettered(key_many, target, _judged(run_stages([*many, check], key, starts, scouts)))
+    if search.refine or not search.first_particles:
+        found = _judged(run_stages([*many, check], key, starts, scouts))
+        return _bettered(key_many, target, found, search)
     results: list[Any] = []
-    few = warm_start(target, order, brief=True)
-    warm = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    if not bool(warm.outside):
-        warm = _bettered(key_few, target, warm)
-        if bool(warm.sufficient()):
-            return warm
+    few = warm_start(target, order, search, brief=True)
+    found = _judged(run_stages([*few, check], key, starts, scouts, results=results))
+    if not bool(found.outside):
+        found = _bettered(key_few, target, found, search)
+        if bool(found.sufficient()):
+            return found
     # what was fitted stays; particles start anew
     keys, *seen = results[_SOUGHT]
     keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
     more = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
-    more = more._replace(gradients=more.gradients + (warm.gradients - seen[0].gradients))
-    return _bettered(key_many, target, more)
+    more = more._replace(gradients=more.gradients + (found.gradients - seen[0].gradients))
+    return _bettered(key_many, target, more, search)
 
 
-def most_components(dim: int) -> int:
+def most_components(dim: int, search: Search) -> int:
     """Return how many components the mixture of any search in so few dimensions may have.
 
     Examples:
+        >>> from numpyro_sbtm.options import Search
         >>> from numpyro_sbtm.search.ladder import most_components
-        >>> most_components(2), most_components(100)
+        >>> most_components(2, Search()), most_components(100, Search())
         (66, 4)
     """
-    return max_components(NUM_PARTICLES, dim) + NUM_WIDER
+    return max_components(search.num_particles, dim) + NUM_WIDER
 
 
-def _bettered(key: Key, target: Target, warm: Located) -> Located:
-    """Let draws better the mixture, where their weights are not nearly equal, and judge it by fresh ones."""
-    if target.dim > _MOST_TURNED or bool(jnp.isneginf(warm.khat)):
-        return warm
+def _bettered(key: Key, target: Target, found: Located, search: Search) -> Located:
+    """Let draws better the mixture, where that may do instead of training, and judge it by fresh ones.
 
-    def adapt(
-        key: Key, whitening: Triangular, reference: Mixture, points: Float[Array, "m d"]
-    ) -> tuple[Any, ...]:
+    Training starts better from the mixture that particles show: the wider components and the many axes of
+    this one are for draws alone.
+    """
+    harmless, settled = bool(jnp.isneginf(found.khat)), bool((found.drift == 0.0) & ~found.outside)
+    if target.dim > search.max_mixture_dim or not search.mixture_rounds or harmless or not settled:
+        return found
+    num, rounds = search.num_checked, search.mixture_rounds
+
+    def adapt(key: Key, whitening: Map, reference: Mixture, points: Float[Array, "m d"]) -> tuple[Any, ...]:
         key_rounds, key_check = jax.random.split(key)
         density = whiten(target, whitening).logdensity_fn
-        better = better_mixture(key_rounds, density, with_wider(reference, points), _NUM_CHECKED, _NUM_ROUNDS)
-        return better, *_quality(_fresh_weights(key_check, density, better), points.dtype)
+        better = better_mixture(key_rounds, density, with_wider(reference, points), num, rounds)
+        return better, *_quality(_fresh_weights(key_check, density, better, num), points.dtype)
 
-    better, fraction, khat = run_stages([adapt], key, warm.whitening, warm.reference, warm.points)
-    if float(fraction) < _WORSE * float(warm.ess_fraction):
-        return warm
-    return warm._replace(reference=better, ess_fraction=fraction, khat=khat)
+    better, fraction, khat = run_stages([adapt], key, found.whitening, found.reference, found.points)
+    bettered = found._replace(reference=better, ess_fraction=fraction, khat=khat)
+    worse = float(fraction) < _WORSE * float(found.ess_fraction)
+    return found if worse or not bool(bettered.sufficient()) else bettered
 
 
 def _weights(logdensity_fn: LogDensity, proposal: Mixture, u: Float[Array, "n d"]) -> Float[Array, " n"]:
@@ -133,8 +136,8 @@ def _weights(logdensity_fn: LogDensity, proposal: Mixture, u: Float[Array, "n d"
     return jax.vmap(lambda u: logdensity_fn(u) - proposal.log_prob(u))(u)
 
 
-def _fresh_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture) -> Float[Array, " n"]:
-    draws = jax.vmap(proposal.sample)(jax.random.split(key, _NUM_CHECKED))
+def _fresh_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture, num: int) -> Float[Array, " n"]:
+    draws = jax.vmap(proposal.sample)(jax.random.split(key, num))
     return clean(_weights(logdensity_fn, proposal, draws))
 
 
@@ -144,22 +147,22 @@ def _quality(log_weight: Float[Array, " n"], dtype: Any) -> tuple[Float[Array, "
 
 
 def with_step_size(
-    key: Key, target: Target, warm: Located, local: LocalMove, adapted: bool = True
+    key: Key, target: Target, found: Located, local: LocalMove, adapted: bool = True
 ) -> Located:
     """Choose the step size of local moves; without adapting it, one that suits N(0, I)."""
     if not adapted:
-        return warm._replace(step_size=first_step_size(warm.reference.centre))
+        return found._replace(step_size=first_step_size(found.reference.centre))
 
-    def adapt(key: Key, warm: Located) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    def adapt(key: Key, found: Located) -> tuple[Float[Array, ""], Int[Array, ""]]:
         key_points, key_adapt = jax.random.split(key)
-        if warm.points is None:
-            points = jax.vmap(warm.reference.sample)(jax.random.split(key_points, _NUM_ADAPTING))
+        if found.points is None:
+            points = jax.vmap(found.reference.sample)(jax.random.split(key_points, _NUM_ADAPTING))
         else:
-            points = _some(warm.points, _NUM_ADAPTING)
-        return local.adapt(key_adapt, whiten(target, warm.whitening).logdensity_fn, points)
+            points = _some(found.points, _NUM_ADAPTING)
+        return local.adapt(key_adapt, whiten(target, found.whitening).logdensity_fn, points)
 
-    step_size, gradients = run_stages([adapt], key, warm)
-    return warm._replace(step_size=step_size, gradients=warm.gradients + gradients)
+    step_size, gradients = run_stages([adapt], key, found)
+    return found._replace(step_size=step_size, gradients=found.gradients + gradients)
 
 
 def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
@@ -174,27 +177,30 @@ def _judged(found: tuple[Any, ...]) -> Located:
     return Located(whitening, reference, points, fraction, khat, drift, outside, None, gradients, searched)
 
 
-def _given(precondition: tuple[Any, Any] | None) -> Stage:
+def _given(precondition: tuple[Any, Any] | Map | None) -> Stage:
     """Make the stage that takes a whitening as it is."""
 
     def given(key: Key, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]):  # type: ignore[no-untyped-def]
         dim, dtype = starts.shape[1], starts.dtype
-        loc, scale_tril = precondition or (jnp.zeros(dim), jnp.eye(dim))
-        whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
+        whitening = precondition
+        # a named tuple may be a map, too
+        if whitening is None or not isinstance(whitening, Map):
+            loc, scale_tril = whitening or (jnp.zeros(dim), jnp.eye(dim))
+            whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
         none = jnp.zeros((0, dim), dtype)
         return whitening, normal(dim), none, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
 
     return given
 
 
-def _check(target: Target, searched: bool) -> Stage:
+def _check(target: Target, search: Search, searched: bool) -> Stage:
     """Make the stage that judges what was found, by fresh draws and by the particles."""
 
     def check(whitening, reference, points, gradients, drift, key):  # type: ignore[no-untyped-def]
         dtype = points.dtype
         white = whiten(target, whitening)
 
-        log_weight = _fresh_weights(key, white.logdensity_fn, reference)
+        log_weight = _fresh_weights(key, white.logdensity_fn, reference, search.num_checked)
         kept = _some(points, _NUM_KEPT) if searched else None
         fraction, khat = _quality(log_weight, dtype)
         drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)

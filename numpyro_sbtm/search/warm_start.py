@@ -11,8 +11,9 @@ from numpyro_sbtm.compile import Stage
 from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.maps import LowRank, Triangular, affine, whiten
 from numpyro_sbtm.core.maps.spline import fit_margins, identity_margins
-from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, normal
 from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.fit import (
     Fit,
     diagonal_guesses,
@@ -41,21 +42,18 @@ from numpyro_sbtm.search.moves import (
     spread_out,
 )
 
-__all__ = ["DENSE", "NUM_PARTICLES", "tempered_particles", "warm_start"]
+__all__ = ["tempered_particles", "warm_start"]
 
 _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
 _FAR = 20.0  # bound on where scouts lie, in whitened units
-NUM_PARTICLES, _FEW_PARTICLES = 4096, 512
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _MAX_TEMPERATURES = 80
 _APART = 3.0  # distance of the particles' mean that shows another mode among them
 _OTHERS = 4  # modes that are left out so
-DENSE = 128  # dimensions up to which there are matrices
-_RANK, _SUBSPACE_STEPS = 16, 20
-_MOVES = 3  # HMC transitions per temperature
+_SUBSPACE_STEPS = 20
 _LAST_ROUNDS = 5  # of moves at the target itself
 _MORE_ROUNDS = 15  # where particles spread
 _MAX_ROUNDS = 45  # where they spread even then; their spreading is then measured anew
@@ -63,7 +61,12 @@ _REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC trans
 
 
 def tempered_particles(
-    key: Key, target: Target, base: Mixture, num_particles: int = NUM_PARTICLES, brief: bool = False
+    key: Key,
+    target: Target,
+    base: Mixture,
+    num_particles: int = 4096,
+    num_moves: int = 3,
+    brief: bool = False,
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
@@ -77,8 +80,8 @@ def tempered_particles(
         target: the density, best whitened.
         base: where the particles start; wide enough to cover the target.
         num_particles: n.
-        brief: one transition per temperature instead of three, and no more at the target itself than the
-            first five rounds.
+        num_moves: transitions per temperature.
+        brief: one transition per temperature, and no more at the target itself than the first five rounds.
 
     Returns:
         Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; the number of target
@@ -101,7 +104,7 @@ def tempered_particles(
         >>> float(drift)
         0.0
     """
-    dim, num_moves = target.dim, 1 if brief else _MOVES
+    dim, num_moves = target.dim, 1 if brief else num_moves
     hmc, adaptive_tempered = load("blackjax.mcmc.hmc"), load("blackjax.smc.adaptive_tempered")
 
     def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:
@@ -252,9 +255,7 @@ def _belong(z: Float[Array, "n d"]) -> Bool[Array, " n"]:
     return jax.lax.fori_loop(0, _OTHERS, leave_out, near)
 
 
-def warm_start(
-    target: Target, order: Int[Array, " d"], refined: bool = False, brief: bool = False
-) -> list[Stage]:
+def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: bool = False) -> list[Stage]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -263,18 +264,17 @@ def warm_start(
     log density on particles that were not used for fitting decides: it punishes a missing mode, as ELBOs
     do not. Should particles not be finite, the best map alone remains.
 
-    Above 128 dimensions matrices are avoided: maps without correlations are fitted from starts and from where
-    climbs from starts and scouts arrive. If they are of one mode, its particles' leading directions follow,
-    and memory is linear in d. If they are of several, at most eight, each has its normal distribution: with
-    a matrix up to 512 dimensions, and draws of all take memory of 64 kB per dimension.
+    Above ``search.max_dense_dim`` dimensions matrices are avoided: maps without correlations are fitted from
+    starts and from where climbs from starts and scouts arrive. If they are of one mode, its particles'
+    leading directions follow, and memory is linear in d. If they are of several, at most eight, each has its
+    normal distribution: with a matrix up to 512 dimensions, and draws of all take 64 kB per dimension.
 
     Args:
         target: the density on the unconstrained space.
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
-        refined: whether a map is fitted to the particles, which move under it and are fitted again; that map
-            then has the preference. Up to 128 dimensions. If a particle does not stay finite, all are as
-            they were before. A missing mode is put in afterwards, so that the map does not know of it.
-        brief: a first look by few particles, up to 128 dimensions.
+        search: how much of it. A refined map is preferred. If a particle does not stay finite in refinement,
+            all are as they were before. A missing mode is put in afterwards: the map does not know of it.
+        brief: a first look by few particles, where there are matrices.
 
     Returns:
         Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
@@ -285,15 +285,15 @@ def warm_start(
         the particles' drift (see `tempered_particles`); and a random key for what comes next.
 
     Raises:
-        ValueError: for ``refined`` above 128 dimensions.
+        ValueError: for a refined map in more dimensions than have matrices.
     """
-    if target.dim > DENSE:
-        if refined:
+    if target.dim > search.max_dense_dim:
+        if search.refine:
             raise ValueError(
-                f"`precondition` 'refined' fits matrices to particles, up to {DENSE} dimensions, got "
-                f"{target.dim}. Pass 'auto'."
+                f"`refine` fits matrices to particles, up to `max_dense_dim` = {search.max_dense_dim} "
+                f"dimensions, got {target.dim}. Pass `Search(refine=False)`."
             )
-        return _wide_warm_start(target)
+        return _wide_warm_start(target, search)
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
         return jax.random.split(key, 5), first_guesses(target, starts, scouts, order), scouts
@@ -304,8 +304,9 @@ def warm_start(
         return keys, found, first, _covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts))
 
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
-        num = _FEW_PARTICLES if brief else NUM_PARTICLES
-        return keys, found, first, *tempered_particles(keys[1], whiten(target, first), base, num, brief)
+        num = search.first_particles if brief else search.num_particles
+        white = whiten(target, first)
+        return keys, found, first, *tempered_particles(keys[1], white, base, num, search.num_moves, brief)
 
     def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
         key_refine, key_mixture = jax.random.split(keys[3])
@@ -316,7 +317,18 @@ def warm_start(
         gradients += _REFINEMENTS * _REFINING_MOVES * LEAPS * len(particles)
         return keys.at[3].set(key_mixture), found, first, particles, log_z, gradients, drift, fitted
 
-    return [guess, seek, temper, *([refine] if refined else []), _choose]
+    def settle(keys, found, first, base):  # type: ignore[no-untyped-def]
+        mixture, nowhere = _unsearched(found.best.loc)
+        return found.best, mixture, nowhere, found.gradients, jnp.zeros(()), keys[4]
+
+    if not search.num_particles:
+        return [guess, seek, settle]
+    return [guess, seek, temper, *([refine] if search.refine else []), _choose]
+
+
+def _unsearched(like: Float[Array, " d"]) -> tuple[Mixture, Float[Array, "0 d"]]:
+    """Make what stands for the mixture and the particles where none look."""
+    return normal(len(like)), jnp.zeros((0, len(like)), like.dtype)
 
 
 def _choose(
@@ -384,7 +396,7 @@ def _choose(
     return whitening, mixture, u, found.gradients + gradients, drift, keys[4]
 
 
-def _wide_warm_start(target: Target) -> list[Stage]:
+def _wide_warm_start(target: Target, search: Search) -> list[Stage]:
     """Do what `warm_start` does, in many dimensions, where particles are too few for covariances."""
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
@@ -397,7 +409,7 @@ def _wide_warm_start(target: Target) -> list[Stage]:
 
     def part(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]
         modes, more = _draw_modes(keys[5], target, fits, there)
-        found = _mixture_of_modes(keys[6], target, fits, modes, there)
+        found = _mixture_of_modes(keys[6], target, fits, modes, there, search)
         return keys, fits, found, gradients + more, scouts
 
     def temper(keys, fits, found, gradients, scouts):  # type: ignore[no-untyped-def]
@@ -406,7 +418,9 @@ def _wide_warm_start(target: Target) -> list[Stage]:
 
         def go(_):  # type: ignore[no-untyped-def]
             base = _covering(jax.vmap(lambda x: flat.inverse(x)[0])(scouts))
-            particles, _, more, drift = tempered_particles(keys[1], whiten(target, flat), base)
+            particles, _, more, drift = tempered_particles(
+                keys[1], whiten(target, flat), base, search.num_particles, search.num_moves
+            )
             return particles, more, drift
 
         stay = found.points, jnp.zeros((), jnp.int32), found.drift
@@ -418,7 +432,7 @@ def _wide_warm_start(target: Target) -> list[Stage]:
             # particles do not move far along a stiff direction: the fit ends by variational inference again
             usable = jnp.all(jnp.isfinite(particles))
             v = jnp.where(usable, particles, 0.0)
-            guess = _leading_directions(keys[2], flat, v, usable)
+            guess = _leading_directions(keys[2], flat, v, usable, search.rank)
             fits, _, more = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
             whitening = jax.tree.map(lambda leaf: leaf[0], fits)
             u = jax.vmap(lambda v: whitening.inverse(flat.forward(v)[0])[0])(v)
@@ -428,7 +442,12 @@ def _wide_warm_start(target: Target) -> list[Stage]:
         whitening, mixture, u, more = jax.lax.cond(found.several, lambda stay: stay, go, stay)
         return whitening, mixture, u, gradients + more, drift, keys[4]
 
-    return [guess, seek, part, temper, finish]
+    def settle(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]
+        best = jax.tree.map(lambda leaf: leaf[0], fits)
+        mixture, nowhere = _unsearched(best.loc)
+        return best, mixture, nowhere, gradients, jnp.zeros(()), keys[4]
+
+    return [guess, seek, part, temper, finish] if search.num_particles else [guess, seek, settle]
 
 
 class _Modes(NamedTuple):
@@ -471,14 +490,14 @@ def _draw_modes(
 
 
 def _mixture_of_modes(
-    key: Key, target: Target, fits: LowRank, modes: Mode, there: Bool[Array, " K"]
+    key: Key, target: Target, fits: LowRank, modes: Mode, there: Bool[Array, " K"], search: Search
 ) -> _Modes:
     """Describe polished modes in coordinates that whiten what they have in common."""
-    n, dim, dtype = NUM_PARTICLES, target.dim, fits.loc.dtype
+    n, rank, dim, dtype = search.num_particles, search.rank, target.dim, fits.loc.dtype
     key_order, key_map, key_mixture = jax.random.split(key, 3)
     place = jax.random.permutation(key_order, n)
-    basis = jnp.eye(dim, _RANK, dtype=dtype)
-    flat = LowRank(fits.loc[0], fits.std[0], basis, jnp.zeros(_RANK, dtype))
+    basis = jnp.eye(dim, rank, dtype=dtype)
+    flat = LowRank(fits.loc[0], fits.std[0], basis, jnp.zeros(rank, dtype))
 
     def chosen(mixture: Mixture) -> tuple[Int[Array, " n"], Float[Array, "n d"]]:
         """Choose draws in proportion to masses, none twice among those that are kept for training."""
@@ -489,11 +508,11 @@ def _mixture_of_modes(
     def describe(carry, _):  # type: ignore[no-untyped-def]
         whitening = carry[0]
         mixture = describe_modes(key_mixture, target, whitening, fits, there, modes)
-        every = n // num_draws(dim)  # no draw twice: repeated, they would look like structure
+        every = max(1, n // num_draws(dim))  # no draw twice: repeated, they would look like structure
         which, x = (part[::every] for part in chosen(mixture))
         means = jnp.mean(modes.draws, 1)[which]
         v = jax.vmap(lambda y: flat.inverse(y)[0])(x - means + jnp.mean(x, 0))
-        common = _leading_directions(key_map, flat, v, jnp.all(jnp.isfinite(v)))
+        common = _leading_directions(key_map, flat, v, jnp.all(jnp.isfinite(v)), rank)
         return (common, whitening, mixture), None
 
     def go() -> _Modes:
@@ -514,7 +533,7 @@ def _mixture_of_modes(
 
 
 def _leading_directions(
-    key: Key, flat: LowRank, particles: Float[Array, "n d"], usable: Bool[Array, ""]
+    key: Key, flat: LowRank, particles: Float[Array, "n d"], usable: Bool[Array, ""], rank: int
 ) -> LowRank:
     """Make the map that whitens particles in their leading directions, if usable; ``flat`` did so first."""
     n, dim = particles.shape
@@ -526,7 +545,7 @@ def _leading_directions(
     def improve(_: Int[Array, ""], basis: Float[Array, "d r"]) -> Float[Array, "d r"]:
         return jnp.linalg.qr(z.T @ (z @ basis))[0]
 
-    basis = jax.random.normal(key, (dim, _RANK), z.dtype)
+    basis = jax.random.normal(key, (dim, rank), z.dtype)
     basis = jax.lax.fori_loop(0, _SUBSPACE_STEPS, improve, jnp.linalg.qr(basis)[0])
     _, singular, turn = jnp.linalg.svd(z @ basis, full_matrices=False)
     variance = singular**2 / n
