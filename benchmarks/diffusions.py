@@ -8,6 +8,7 @@ The posteriors of Brownian motion, seeds and ionosphere need ``brownian.json``, 
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,16 @@ from numpyro.infer import NUTS
 
 from benchmarks.chains import NUM_DRAWS, timed_chains
 from benchmarks.particles import mass_errors, tempered
-from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, plots, report, targets
+from numpyro_sbtm import (
+    Correction,
+    DiffusionKernel,
+    DiffusionTraining,
+    LogVarianceDISKernel,
+    Search,
+    plots,
+    report,
+    targets,
+)
 from numpyro_sbtm.core.target import Target
 
 __all__ = ["COLUMNS", "PROBLEMS", "SAMPLERS", "cells", "measure", "overview"]
@@ -87,10 +97,8 @@ def _plain(process, divergence, **options):
         process=process,
         divergence=divergence,
         precondition=None,
-        local_kernel=None,
-        smc_particles=0,
-        always_train=True,
-        **options,
+        training=DiffusionTraining(**{"coarse_steps": None, "always": True} | options),
+        correction=Correction(local_kernel=None, num_particles=0),
     )
 
 
@@ -108,24 +116,19 @@ _PIECES = {
 }
 """Options of training, one at a time."""
 
-_FINE = {
-    "num_steps": 256,
-    "coarse_steps": 64,
-    "num_times": 64,
-    "target_acceptance": None,
-    "patience": None,
-    "always_train": True,
-    "steps_per_draw": 1,
-    "local_kernel": None,
-    "smc_particles": 0,
-}
-"""Options for a tight bound: many steps, and all of warm-up."""
+_FINE = DiffusionTraining(
+    num_steps=256, coarse_steps=64, num_times=64, target_acceptance=None, patience=None, always=True
+)
+"""Training for a tight bound: many steps, and all of warm-up."""
+
+_SINGLE = Correction(steps_per_draw=1, local_kernel=None, num_particles=0)
+_AHEAD = replace(_FINE, look_ahead=True)
 
 BOUNDS = {
-    "256 steps": partial(LogVarianceDISKernel, **_FINE),
-    "256 steps, looking ahead": partial(LogVarianceDISKernel, look_ahead=True, **_FINE),
+    "256 steps": partial(LogVarianceDISKernel, training=_FINE, correction=_SINGLE),
+    "256 steps, looking ahead": partial(LogVarianceDISKernel, training=_AHEAD, correction=_SINGLE),
     "256 steps, looking ahead, refined": partial(
-        LogVarianceDISKernel, look_ahead=True, precondition="refined", **_FINE
+        LogVarianceDISKernel, search=Search(refine=True), training=_AHEAD, correction=_SINGLE
     ),
 }
 """Kernels that are trained longer."""
@@ -133,11 +136,13 @@ BOUNDS = {
 KERNELS = (
     {
         "default": LogVarianceDISKernel,
-        "default on whole grids": partial(LogVarianceDISKernel, coarse_steps=None),
+        "default on whole grids": partial(
+            LogVarianceDISKernel, training=DiffusionTraining(coarse_steps=None)
+        ),
         "published control": partial(DiffusionKernel, process="dis-control"),
-        "single paths": partial(LogVarianceDISKernel, smc_particles=0),
-        "default, looking ahead": partial(LogVarianceDISKernel, look_ahead=True),
-        "default, refined": partial(LogVarianceDISKernel, precondition="refined"),
+        "single paths": partial(LogVarianceDISKernel, correction=Correction(num_particles=0)),
+        "default, looking ahead": partial(LogVarianceDISKernel, training=DiffusionTraining(look_ahead=True)),
+        "default, refined": partial(LogVarianceDISKernel, search=Search(refine=True)),
     }
     | {
         f"dis, {divergence}": _plain("dis", divergence)

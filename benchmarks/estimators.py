@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
+from numpyro_sbtm.kernels.kernels import PROCESSES
 
 from benchmarks.steps import batch_of
 from numpyro_sbtm.core import diffusion, kl, kl_log_derivative, log_variance, two_pass_gradient
-from numpyro_sbtm.kernels.kernels import PROCESSES
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
 

@@ -248,9 +248,15 @@ def names_unknown_options(init: Callable[Options, None]) -> Callable[Options, No
 
 def _advice(name: str, known: list[str], groups: dict[str, type]) -> str:
     for option, group in groups.items():
-        if name in group.__dataclass_fields__:  # type: ignore[attr-defined]
+        if name in _fields(group):
             return f"It is one of `{option}`: pass `{option}={group.__name__}({name}=...)`."
     if name in _ELSEWHERE:
         return f"It is {_ELSEWHERE[name]}."
-    close = difflib.get_close_matches(name, known, 1)
-    return (f"Is `{close[0]}` meant? " if close else "") + f"It has {', '.join(known)}."
+    places = {field: option for option, group in groups.items() for field in _fields(group)}
+    close = difflib.get_close_matches(name, [*known, *places], 1)
+    place = f" of `{places[close[0]]}`" if close and close[0] not in known else ""
+    return (f"Is `{close[0]}`{place} meant? " if close else "") + f"It has {', '.join(known)}."
+
+
+def _fields(group: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(group)]

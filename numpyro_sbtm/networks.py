@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from numpyro_sbtm.checks import whole
 from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.process import Net
 from numpyro_sbtm.core.quasi import quasi_normal
 from numpyro_sbtm.core.target import Key, Params
+
+_MOST_UNITS, _MOST_LAYERS = 2**16, 64
 
 __all__ = ["denoiser", "potential", "radial", "score_mlp", "unet"]
 
@@ -65,6 +68,10 @@ def _functional(name: str, *options: int, has_features: bool = False) -> Net:
     return Net(init, apply, features if has_features else None)
 
 
+def _sizes(width: int, depth: int) -> tuple[int, int]:
+    return whole("width", width, 1, _MOST_UNITS), whole("depth", depth, 1, _MOST_LAYERS)
+
+
 def denoiser(width: int = 64, depth: int = 2, num_components: int = 1, num_scores: int = 1) -> Net:
     """Make the network of `dis`: corrections to the end point's mean, log variance and component.
 
@@ -85,6 +92,10 @@ def denoiser(width: int = 64, depth: int = 2, num_components: int = 1, num_score
         ``(mean [d], log_var [d], gate [], logits [K])``; with two features score has shape ``[2, d]`` and
         gate ``[2]``.
 
+    Raises:
+        ValueError: for sizes out of range, and an odd width.
+        TypeError: for sizes that are no whole numbers.
+
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.networks import denoiser
@@ -94,6 +105,9 @@ def denoiser(width: int = 64, depth: int = 2, num_components: int = 1, num_score
         >>> mean.tolist(), float(gate)
         ([0.0, 0.0, 0.0], 0.0)
     """
+    width, depth = _sizes(width, depth)
+    if width % 2:
+        raise ValueError(f"`width` must be even, for pairs of sines and cosines of the time, got {width}.")
     return _functional("Denoiser", width, depth, num_components, num_scores)
 
 
@@ -139,7 +153,7 @@ def score_mlp(width: int = 64, depth: int = 2) -> Net:
         >>> net.apply(net.init(jax.random.key(0), 3), jnp.ones(3)).tolist()
         [0.0, 0.0, 0.0]
     """
-    return _functional("ScoreMLP", width, depth, has_features=True)
+    return _functional("ScoreMLP", *_sizes(width, depth), has_features=True)
 
 
 def unet(width: int = 32) -> Net:

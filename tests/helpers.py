@@ -1,19 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small pieces that several test files share."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import MCMC
 
-from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel
+from numpyro_sbtm import (
+    Correction,
+    DiffusionTraining,
+    LogVarianceDISKernel,
+    SBTMKernel,
+    Search,
+    TransportTraining,
+)
 from numpyro_sbtm.core import Net, dis, evaluate, simulate
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.weights import clean, log_evidence
-from numpyro_sbtm.networks import denoiser
+from numpyro_sbtm.networks import denoiser, score_mlp
 from numpyro_sbtm.targets import gaussian, gaussian_mixture
 
 KERNELS = {"dis": LogVarianceDISKernel, "sbtm": SBTMKernel}
+
+
+def build(cls, *args, width=None, smc_particles=None, **options):
+    """Make a kernel: every option is put into its group, and ``smc_particles`` are those of `Correction`."""
+    transport = issubclass(cls, SBTMKernel)
+    training = TransportTraining if transport else DiffusionTraining
+    several = {} if smc_particles is None else {"num_particles": smc_particles}
+    for name, group in (("training", training), ("correction", Correction), ("search", Search)):
+        own = {
+            option: options.pop(option) for option in list(options) if option in group.__dataclass_fields__
+        }
+        own |= several if group is Correction else {}
+        if own:
+            options[name] = group(**own)
+    if width is not None:
+        options["network"] = partial(score_mlp if transport else denoiser, width)
+    return cls(*args, **options)
 
 
 def run_chains(kernel, *args, warmup, samples=1000, seed=0, **kwargs):

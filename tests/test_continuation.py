@@ -109,7 +109,7 @@ def test_warmup_then_run_is_run_and_the_first_chain_is_that_of_a_run_alone(metho
 
 def test_continuations_share_nothing_and_need_no_more_training():
     y = np.zeros(2, np.float32)
-    first = run(make("dis", conjugate, correction=None), y)
+    first = run(make("dis", conjugate, metropolis=False), y)
     state = first.last_state
     assert state.chain.used < state.chain.block.x.shape[0]  # a part of the block is left
     # an `MCMC` of longer warm-up takes the state as it is: it knows its own

@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from helpers import KERNELS, run_chains
+from helpers import KERNELS, build, run_chains
 from numpyro.infer import MCMC
 from scipy.stats import chisquare
 
@@ -97,7 +97,8 @@ def test_simulation_based_calibration():
         key_prior, key_run = jax.random.split(key)
         true = numpyro.infer.Predictive(hierarchy, num_samples=1)(key_prior)
         # small, for two hundred trainings in one program; without a warm start, so that learning has a task
-        kernel = LogVarianceDISKernel(
+        kernel = build(
+            LogVarianceDISKernel,
             hierarchy,
             precondition=None,
             num_steps=16,

@@ -7,17 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_evidence, assert_within, correlated, run_chains, two_modes
+from helpers import assert_evidence, assert_within, build, correlated, run_chains, two_modes
 from numpyro.diagnostics import effective_sample_size
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 
 KERNELS = {
-    "dis": lambda potential, **options: LogVarianceDISKernel(
-        None, potential, num_steps=8, num_paths=64, num_times=8, precondition=None, **options
+    "dis": lambda potential, **options: build(
+        LogVarianceDISKernel,
+        None,
+        potential,
+        num_steps=8,
+        num_paths=64,
+        num_times=8,
+        precondition=None,
+        **options,
     ),
-    "sbtm": lambda potential, **options: SBTMKernel(
-        None, potential, num_particles=512, batch_size=256, precondition=None, **options
+    "sbtm": lambda potential, **options: build(
+        SBTMKernel, None, potential, num_particles=512, batch_size=256, precondition=None, **options
     ),
 }
 KERNELS["noisy sbtm"] = partial(KERNELS["sbtm"], noisy=True)
@@ -40,7 +47,7 @@ def largest_z_score(x, target):
 
 def run(kernel, target, correction, local=None, num_samples=5000):
     make = KERNELS[kernel]
-    sampler = make(lambda x: -target.logdensity_fn(x), correction=correction, scale=2.0, local_kernel=local)
+    sampler = make(lambda x: -target.logdensity_fn(x), metropolis=correction, scale=2.0, local_kernel=local)
     return run_chains(
         sampler, warmup=WARMUP.get(kernel, 5), samples=num_samples, init_params=jnp.zeros((4, 2))
     )
@@ -62,7 +69,7 @@ def run(kernel, target, correction, local=None, num_samples=5000):
 )
 def test_barely_trained_chains_are_exact(kernel, name, local):
     target = TARGETS[name]()
-    mcmc = run(kernel, target, "metropolis", local)
+    mcmc = run(kernel, target, True, local)
     assert float(np.mean(mcmc.last_state.mean_accept_prob)) < 0.9  # the proposal is wrong
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) < 5.0
     found = report(mcmc)
@@ -79,7 +86,7 @@ def test_barely_trained_chains_are_exact(kernel, name, local):
 @pytest.mark.parametrize("kernel", ["dis", "sbtm"])
 def test_without_the_correction_the_same_test_fails(kernel):
     target = two_modes()
-    mcmc = run(kernel, target, None)
+    mcmc = run(kernel, target, False)
     assert largest_z_score(mcmc.get_samples(group_by_chain=True), target) > 5.0
     found = report(mcmc)
     assert found.verdict != "reliable" and "UNCORRECTED" in str(found)

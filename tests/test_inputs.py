@@ -10,15 +10,18 @@ import sys
 import time
 from functools import partial
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.contrib.funsor  # its import is slow, and not what is timed
 import numpyro.distributions as dist
+import optax
 import pandas as pd
 import pytest
 from jax import random
+from numpyro.distributions.transforms import AffineTransform
 from numpyro.infer import (
     MCMC,
     NUTS,
@@ -31,8 +34,20 @@ from numpyro.infer import (
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, SBTMKernel, plots, report
+from numpyro_sbtm import (
+    Correction,
+    DiffusionKernel,
+    DiffusionTraining,
+    LogVarianceDISKernel,
+    SBTMKernel,
+    Search,
+    TransportTraining,
+    plots,
+    report,
+)
 from numpyro_sbtm.checks import number, whole
+from numpyro_sbtm.core.maps import affine
+from numpyro_sbtm.networks import denoiser, score_mlp
 
 WORKS = "works"
 SECONDS = 5.0
@@ -180,7 +195,7 @@ class Ready(Exception):
 def build(kind="dis", *args, **options):
     if not args and not {"model", "potential_fn"} & options.keys():
         options["model"] = normal
-    return KERNELS[kind](*args, **options)
+    return helpers.build(KERNELS[kind], *args, **options)
 
 
 def set_up(kernel, *args, init_params=None, chains=1, warmup=4, **kwargs):
@@ -235,11 +250,19 @@ def bad(name, value, error, message, kind="dis", **others):
 def numbers():
     """What every option that is a number refuses, and what it takes."""
     counted = {
-        "dis": ["num_steps", "num_paths", "num_times", "coarse_steps", "width", "depth", "patience"],
-        "sbtm": ["num_particles", "num_maps", "num_updates", "batch_size", "width", "depth"],
+        "dis": ["num_steps", "num_paths", "num_times", "coarse_steps", "patience"],
+        "sbtm": ["num_particles", "num_maps", "num_updates", "batch_size"],
         "diffusion": ["num_updates", "buffer_size"],
     }
-    counted["dis"] += ["block_size", "steps_per_draw", "smc_particles"]
+    counted["dis"] += ["block_size", "steps_per_draw", "num_starts", "num_prior_draws", "first_particles"]
+    counted["dis"] += [
+        "num_moves",
+        "num_checked",
+        "mixture_rounds",
+        "max_mixture_dim",
+        "max_dense_dim",
+        "rank",
+    ]
     for kind, names in counted.items():
         for name in names:
             for value in (2.5, 64.0, True, "8", float("nan"), -1):
@@ -266,7 +289,7 @@ OPTIONS = [
     option("learning_rate", jnp.asarray(1e-3)),
     option("learning_rate", 1),
     option("shared", np.bool_(False)),
-    option("always_train", True),
+    option("always", True),
     option("patience", None),
     option("coarse_steps", 64),  # more than there are steps: all of them
     option("num_steps", 4),  # fewer than the times and the coarse steps
@@ -275,7 +298,7 @@ OPTIONS = [
     option("noisy", True, kind="sbtm"),
     option("init_strategy", init_to_median),
     option("init_strategy", init_to_value(values={"mu": 0.0})),
-    option("precondition", "refined"),
+    option("refine", True),
     option("precondition", None),
     option("precondition", AutoNormal(normal)),
     option("precondition", ([0, 1], [[1, 0], [1, 2]])),
@@ -303,10 +326,27 @@ OPTIONS = [
         "`target_acceptance` must be a number above 0 and below 1, got 1.0",
     ),
     bad("width", 7, ValueError, "`width` must be even, .*, got 7"),
+    bad("network", "mlp", TypeError, "`network` must be a function, got 'mlp'.*partial.denoiser"),
+    bad("network", 64, TypeError, "`network` must be a function, got 64.*partial.score_mlp", "sbtm"),
+    option("network", partial(denoiser, 8)),
+    option("network", score_mlp(8), kind="sbtm"),
+    bad("optimizer", "adam", TypeError, "`optimizer` must be an optax optimiser.*got 'adam'"),
+    option("optimizer", optax.sgd(1e-3)),
+    option("optimizer", optax.adam, kind="sbtm"),
+    bad("search", "quick", TypeError, "`search` must be a `Search`, got 'quick'"),
+    option("search", Search.quick()),
+    bad("num_starts", 3, ValueError, "`num_starts` must be even, .*, got 3"),
+    bad("num_particles", 0, ValueError, "`refine` fits a map to particles", refine=True),
+    bad("refine", "yes", TypeError, "`refine` must be True or False, got 'yes'"),
+    bad("training", TransportTraining(), TypeError, "`training` must be a `DiffusionTraining`, got"),
+    bad("training", {}, TypeError, "`training` must be a `TransportTraining`, got {}", "sbtm"),
+    bad("correction", "metropolis", TypeError, "`correction` must be a `Correction`, got 'metropolis'"),
+    bad("smc_particles", 2.5, TypeError, "`num_particles` must be a whole number from 0 .*, got 2.5"),
+    bad("smc_particles", 10**12, ValueError, "`num_particles` must be a whole number from 0 .*, got 10000"),
     bad("num_paths", 1, ValueError, "`num_paths` must be a whole number from 2 to .*, got 1"),
     bad("num_particles", 2, ValueError, "`num_particles` must be a whole number from 3 to .*, got 2", "sbtm"),
     bad("steps_per_draw", 0, ValueError, "`steps_per_draw` must be a whole number from 1 to .*, got 0"),
-    bad("always_train", None, TypeError, "`always_train` must be True or False, got None"),
+    bad("always", None, TypeError, "`always` must be True or False, got None"),
     bad("shared", "yes", TypeError, "`shared` must be True or False, got 'yes'"),
     bad("shared", 1, TypeError, "`shared` must be True or False, got 1"),
     bad(
@@ -318,8 +358,7 @@ OPTIONS = [
     bad("look_ahead", "no", TypeError, "`look_ahead` must be True or False, got 'no'"),
     bad("solved_output", 0, TypeError, "`solved_output` must be True or False, got 0", "sbtm"),
     bad("noisy", "auto", TypeError, "`noisy` must be True or False, got 'auto'", "sbtm"),
-    bad("correction", "mh", ValueError, "`correction` must be one of 'metropolis', None, got 'mh'"),
-    bad("correction", False, ValueError, "`correction` must be one of 'metropolis', None, got False"),
+    bad("metropolis", None, TypeError, "`metropolis` must be True or False, got None"),
     bad("local_kernel", "gibbs", ValueError, "`local_kernel` must be one of 'auto', 'hmc', .*, got 'gibbs'"),
     bad("local_kernel", ["hmc"], ValueError, "`local_kernel` must be one of .*, got .'hmc'."),
     bad("process", "ddpm", ValueError, "`process` must be one of 'dis', .*, got 'ddpm'", "diffusion"),
@@ -343,22 +382,9 @@ OPTIONS = [
         "diffusion",
         look_ahead=True,
     ),
-    bad(
-        "process",
-        "pis",
-        ValueError,
-        "'pis' .*`coarse_steps` is 8, but `process` .*Pass None",
-        "diffusion",
-        coarse_steps=8,
-    ),
-    bad(
-        "divergence",
-        "sub-trajectory-log-variance",
-        ValueError,
-        "`coarse_steps` is 8, but `divergence` .*Pass None",
-        "diffusion",
-        coarse_steps=8,
-    ),
+    # tied to their grids, they train on all of their steps
+    option("process", "pis", kind="diffusion", coarse_steps=8),
+    option("divergence", "sub-trajectory-log-variance", kind="diffusion", coarse_steps=8),
     bad("process", "dds-learned", ValueError, "'dds-learned' .*not sound.*Take 'kl'", "diffusion"),
     option("process", "dds-learned", kind="diffusion", divergence="kl"),
     bad("divergence", "kl", ValueError, "'kl': `exploration` draws paths", "diffusion", exploration=0.1),
@@ -395,8 +421,26 @@ OPTIONS = [
     bad("step_size", 0.1, TypeError, "no option `step_size`, got 0.1.*NUTS's.*`local_kernel`"),
     bad("num_chains", 4, TypeError, "no option `num_chains`, got 4.*MCMC"),
     bad("divergence", "kl", TypeError, "no option `divergence`, got 'kl'.*`DiffusionKernel`"),
-    bad("num_step", 3, TypeError, "no option `num_step`, got 3. Is `num_steps` meant"),
-    bad("temperature", 3, TypeError, "no option `temperature`, got 3. It has model, .*scale"),
+    bad("num_step", 3, TypeError, "no option `num_step`, got 3. Is `num_steps` of `training` meant"),
+    bad("temperature", 3, TypeError, "no option `temperature`, got 3. It has model, .*init_strategy"),
+    *(
+        (
+            f"an option of {group}",
+            lambda name=name: LogVarianceDISKernel(normal, **{name: 3}),
+            (TypeError, f"no option `{name}`, got 3. It is one of `{group}`: pass `{group}=.*{name}=..."),
+        )
+        for group, name in (("training", "num_paths"), ("correction", "block_size"), ("search", "rank"))
+    ),
+    (
+        "an option that was renamed",
+        lambda: SBTMKernel(normal, smc_particles=3),
+        (TypeError, "no option `smc_particles`, got 3. It is `Correction`'s: .*num_particles"),
+    ),
+    (
+        "an option of no group",
+        lambda: Search(num_scouts=3),
+        (TypeError, "^Search has no option `num_scouts`, got 3. Is `num_starts` meant"),
+    ),
 ]
 
 PRECONDITIONS = [
@@ -406,6 +450,9 @@ PRECONDITIONS = [
         ValueError,
         "`precondition` must describe a whitening, got 'full'. Pass 'auto'",
     ),
+    bad("precondition", "refined", ValueError, r"got 'refined'. Pass `search=Search\(refine=True\)`"),
+    option("precondition", affine(jnp.zeros(1), jnp.eye(1))),
+    option("precondition", AffineTransform(0.0, 2.0)),
     bad("precondition", (np.zeros(2),), ValueError, "`precondition` must describe a whitening"),
     bad(
         "precondition", AutoNormal, ValueError, r"`precondition` .*got <class .*Pass .*`AutoNormal\(model\)`"
@@ -923,7 +970,7 @@ def test_inputs(how, outcome):
 def finished():
     """A run end to end, of a model that needs its arguments themselves."""
     sizes = {"num_particles": 64, "num_maps": 2, "num_updates": 1, "batch_size": 32, "width": 8}
-    kernel = SBTMKernel(groups, **sizes, block_size=32, precondition=None, local_kernel=None)
+    kernel = helpers.build(SBTMKernel, groups, **sizes, block_size=32, precondition=None, local_kernel=None)
     mcmc = MCMC(kernel, num_warmup=2, num_samples=4, progress_bar=False)
     mcmc.run(random.key(0), np.array([0, 1, 1]), np.zeros(3))
     return mcmc
@@ -966,9 +1013,16 @@ def test_the_table_is_long():
 def test_every_option_is_in_the_table():
     """An option that is added without a row for what it refuses is found here."""
     words = " ".join(name for name, _, outcome in TABLE if outcome != WORKS)
-    for cls in KERNELS.values():
+    for cls in (*KERNELS.values(), Search, DiffusionTraining, TransportTraining, Correction):
         for name in inspect.signature(cls.__init__).parameters:
             assert name in ("self", "model", "potential_fn") or f"{name}=" in words, name
+
+
+def test_a_kernel_has_ten_options_at_most():
+    for cls in KERNELS.values():
+        assert (
+            len(inspect.signature(cls.__init__).parameters.keys() - {"self", "model", "potential_fn"}) <= 10
+        )
 
 
 def test_signatures_stay_as_they_are():
@@ -976,7 +1030,7 @@ def test_signatures_stay_as_they_are():
         for signature in (inspect.signature(cls.__init__), inspect.signature(cls)):
             kinds = {parameter.kind for parameter in signature.parameters.values()}
             assert inspect.Parameter.VAR_KEYWORD not in kinds
-            assert {"model", "potential_fn", "precondition", "width"} <= signature.parameters.keys()
+            assert {"model", "potential_fn", "precondition", "network"} <= signature.parameters.keys()
 
 
 def test_kernels_still_pickle():

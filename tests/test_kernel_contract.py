@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from helpers import build
 from jax import random
 from numpyro.contrib.stochastic_support.dcc import DCC
 from numpyro.diagnostics import effective_sample_size
@@ -18,7 +19,8 @@ from numpyro.infer import MCMC, Predictive
 from numpyro.infer.reparam import LocScaleReparam
 from scipy.stats import norm
 
-from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, adapter, report
+from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.kernels import base
 
 KINDS = {
     "dis": (LogVarianceDISKernel, {"num_steps": 4, "num_paths": 16, "num_times": 4}),
@@ -33,7 +35,7 @@ one_kind_quickly = pytest.mark.parametrize("kind", ["sbtm", pytest.param("dis", 
 
 def make(kind, model=None, potential_fn=None, **options):
     cls, sizes = KINDS[kind]
-    return cls(model, potential_fn, **sizes | SMALL | options)
+    return build(cls, model, potential_fn, **sizes | SMALL | options)
 
 
 def run(kernel, *args, warmup=6, samples=20, fields=(), init_params=None, key=0, **options):
@@ -244,7 +246,7 @@ def test_compiled_programs_are_dropped_before_memory_mappings_run_out(monkeypatc
     kernel = make("dis", normal)
     kernel.init(random.key(0), 6)
     assert not calls  # one run is far from the limit
-    monkeypatch.setattr(adapter, "_MAX_MAPPINGS", 0.0)
+    monkeypatch.setattr(base, "_MAX_MAPPINGS", 0.0)
     kernel.init(random.key(0), 6)
     assert calls == [1] * os.path.exists("/proc/self/maps")
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from helpers import build
 from jax import random
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
@@ -40,7 +41,7 @@ one_kind_quickly = pytest.mark.parametrize("kind", ["dis", pytest.param("sbtm", 
 
 def make(kind, model=None, **options):
     cls, sizes = KINDS[kind]
-    return cls(model, **sizes | {"width": 8, "block_size": 32, "precondition": None} | options)
+    return build(cls, model, **sizes | {"width": 8, "block_size": 32, "precondition": None} | options)
 
 
 def model(y, offset=None):
@@ -177,7 +178,7 @@ class Trained:
         self.retraces = TRACES["model"]
 
     def build(self, **options):
-        kernel = make(self.kind, model, correction=None)
+        kernel = make(self.kind, model, metropolis=False)
         return MCMC(kernel, num_warmup=WARMUP, num_samples=DRAWS, progress_bar=True, **options)
 
 
@@ -340,7 +341,7 @@ def test_nothing_is_trained_where_the_warm_start_is_good_unless_it_is_asked_for(
     kernel = make(
         "dis",
         lambda: numpyro.sample("mu", dist.Normal(0.0, 1.0)),
-        always_train=always,
+        always=always,
         patience=patience,
         target_acceptance=None,
     )

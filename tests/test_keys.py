@@ -8,11 +8,12 @@ import pytest
 from helpers import three_components, two_modes
 from jax import lax
 from jax.experimental.key_reuse import _core as key_reuse
+from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 
 from numpyro_sbtm.core import diffusion, dis, sbtm
 from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
-from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 from numpyro_sbtm.networks import denoiser, score_mlp
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.warm_start import warm_start
 from numpyro_sbtm.targets import gaussian
 
@@ -93,6 +94,6 @@ def test_local_moves_use_no_key_twice(name):
 
 def test_the_warm_start_uses_no_key_twice():
     given = jax.random.key(0), jnp.zeros((2, 2)), jnp.zeros((4, 2))
-    for stage in warm_start(two_modes(), jnp.arange(2), refined=True):
+    for stage in warm_start(two_modes(), jnp.arange(2), Search(refine=True)):
         key_reuse.check_key_reuse(stage, *given)
         given = jax.eval_shape(stage, *given)

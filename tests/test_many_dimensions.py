@@ -15,6 +15,7 @@ from numpyro_sbtm.compile import run_stages
 from numpyro_sbtm.core.maps import LowRank, whiten
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.fit import diagonal_guesses
 from numpyro_sbtm.search.modes import describe_modes, fit_normal, log_evidence_by_bridge, separate_fits
 from numpyro_sbtm.search.warm_start import _add_missing, _draw_modes, warm_start
@@ -138,7 +139,7 @@ def test_a_fit_tells_particles_of_its_mode_from_those_of_another(dim, distance):
 
 def test_refinement_needs_few_enough_dimensions():
     with pytest.raises(ValueError, match="up to 128 dimensions, got 129"):
-        warm_start(Target(lambda x: -0.5 * jnp.sum(x**2), 129), jnp.arange(129), refined=True)
+        warm_start(Target(lambda x: -0.5 * jnp.sum(x**2), 129), jnp.arange(129), Search(refine=True))
 
 
 # ------------------------------------------------------------------ whole searches

@@ -7,14 +7,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from helpers import KERNELS, run_chains
+from helpers import KERNELS, build, run_chains
 from jax.experimental.ode import odeint
 from jax.extend.core import jaxprs_in_params
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import NUTS, init_to_uniform, log_likelihood
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, AutoNormal
 
-from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, lapack, report
+from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, factorisations, report
 from numpyro_sbtm.core import Target
 from numpyro_sbtm.kernels.problem import from_model, from_potential, logdensity
 from numpyro_sbtm.search.fit import first_guesses
@@ -109,7 +109,7 @@ def regression(y, x, num_slopes):
     ],
 )
 def test_guides_precondition(make_guide):
-    kernel = LogVarianceDISKernel(regression, precondition=make_guide(regression), num_steps=16)
+    kernel = build(LogVarianceDISKernel, regression, precondition=make_guide(regression), num_steps=16)
     mcmc = run_chains(kernel, Y, X, num_slopes=2, warmup=100)
     found = report(mcmc)
     # without whitening nothing would be accepted: the posterior sits at 10 with a deviation of 0.2
@@ -199,14 +199,14 @@ def two_covariances(x):
     ],
 )
 def test_independent_factorisations_never_wait_for_each_other(density, num_threads, limited, monkeypatch):
-    monkeypatch.setattr(lapack, "_WAITING", True)  # of this JAX or not
-    found = lapack.most_points(jax.value_and_grad(density), jnp.zeros(2), num_threads)
+    monkeypatch.setattr(factorisations, "_WAITING", True)  # of this JAX or not
+    found = factorisations.most_points(jax.value_and_grad(density), jnp.zeros(2), num_threads)
     assert (found is not None) == limited
 
 
 def test_densities_of_independent_factorisations_keep_their_values(monkeypatch):
-    monkeypatch.setattr(lapack, "_WAITING", True)
-    monkeypatch.setattr(lapack.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(factorisations, "_WAITING", True)
+    monkeypatch.setattr(factorisations.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     options = {"num_chains": 1, "num_starts": 2}
     start = jnp.zeros((1, 2))
     problem = from_potential(
@@ -259,8 +259,8 @@ def branched(density):
 @pytest.mark.parametrize("shape", [(20, 1024), (3, 5, 70)])
 def test_batches_of_batches_keep_to_the_limit(use, held, shape, monkeypatch):
     """Two maps of 20 and of 1,024 points were 9,240 factorisations at once where 462 were allowed."""
-    monkeypatch.setattr(lapack, "_WAITING", True)
-    monkeypatch.setattr(lapack.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(factorisations, "_WAITING", True)
+    monkeypatch.setattr(factorisations.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     data = jnp.asarray(PAIRS)
 
     def potential_gen(data):

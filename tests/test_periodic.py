@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from helpers import KERNELS, run_chains
+from helpers import KERNELS, build, run_chains
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import init_to_uniform
@@ -227,7 +227,7 @@ def test_models_with_proper_priors_are_left_alone():
 
 def test_a_whitening_around_another_period_is_turned_back():
     loc = jnp.array([jnp.log(11.0), 3.03 - 2 * np.pi])
-    kernel = KERNELS["dis"](angles, precondition=(loc, jnp.diag(jnp.array([0.35, 0.08]))), num_steps=4)
+    kernel = build(KERNELS["dis"], angles, precondition=(loc, jnp.diag(jnp.array([0.35, 0.08]))), num_steps=4)
     state = kernel.init(jax.random.key(0), 10, None, (ANGLES,), {})
     assert state.learned.located.ess_fraction > 0.7
 

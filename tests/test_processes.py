@@ -11,6 +11,7 @@ from helpers import (
     assert_evidence,
     assert_within,
     batch,
+    build,
     correlated,
     evaluated,
     run_chains,
@@ -20,6 +21,7 @@ from helpers import (
 )
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import digamma, gammaln, polygamma
+from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 from test_exactness import largest_z_score
 
 from numpyro_sbtm import DiffusionKernel, report
@@ -44,7 +46,6 @@ from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.core.weights import log_evidence, reachable
-from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.targets import gaussian
 
@@ -232,7 +233,7 @@ def test_a_look_that_jumps_is_refused_where_gradients_run_along_paths():
     with pytest.raises(
         ValueError, match="`precondition` 'auto' may have several, between which the look jumps"
     ):
-        DiffusionKernel(None, lambda x: 0.0, divergence="kl", look_ahead=True)
+        build(DiffusionKernel, None, lambda x: 0.0, divergence="kl", look_ahead=True)
 
 
 @pytest.mark.usefixtures("x64")
@@ -466,7 +467,8 @@ PAIRS += [("dis", "log-variance", {"look_ahead": True}), ("dis", "kl", {"look_ah
 @pytest.mark.parametrize(("process", "divergence", "options"), PAIRS)
 def test_barely_trained_kernels_are_exact(process, divergence, options):
     target = two_modes()
-    kernel = DiffusionKernel(
+    kernel = build(
+        DiffusionKernel,
         None,
         lambda x: -target.logdensity_fn(x),
         process=process,

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import KERNELS, assert_within, run_chains, shaken, two_modes
+from helpers import KERNELS, assert_within, build, run_chains, shaken, two_modes
 from test_exactness import largest_z_score
 
-from numpyro_sbtm import report
+from numpyro_sbtm import Correction, report
 from numpyro_sbtm.core import importance, sbtm, simulate
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.smc import independent_ensemble, path_ensemble
@@ -82,7 +82,8 @@ def test_weights_of_ensembles_are_unbiased_both_ways(make):
 def test_chains_of_a_narrow_proposal_turn_to_ensembles_and_stay_exact(kernel):
     target = two_modes()
     narrow = np.zeros(2), 0.35 * np.eye(2)
-    sampler = KERNELS[kernel](
+    sampler = build(
+        KERNELS[kernel],
         None,
         lambda x: -target.logdensity_fn(x),
         precondition=narrow,
@@ -96,5 +97,5 @@ def test_chains_of_a_narrow_proposal_turn_to_ensembles_and_stay_exact(kernel):
 
 
 def test_few_particles_are_refused():
-    with pytest.raises(ValueError, match="`smc_particles` must be a whole number from 0 to 65536, got -1"):
-        KERNELS["dis"](None, lambda x: 0.0, smc_particles=-1)
+    with pytest.raises(ValueError, match="`num_particles` must be a whole number from 0 to 65536, got -1"):
+        Correction(num_particles=-1)

@@ -134,7 +134,7 @@ FAULTS = {
         {"acceptance": 0.1, "trained": False},
         "caution",
         "reliable",
-        "low acceptance (0.10): train, although draws of the warm start looked good enough (`always_train",
+        "low acceptance (0.10): train, although draws of the warm start looked good enough (`always",
         "acceptance of the worst chain    0.10       (limit 0.20)",
     ),
     "acceptance of NaN": ({"acceptance": np.nan}, "unreliable", "reliable", "low acceptance", ""),

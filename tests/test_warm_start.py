@@ -19,6 +19,7 @@ from numpyro_sbtm.core.maps.spline import fit_margins
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.fit import Fit, _laplace, _pool, first_guesses, fit
 from numpyro_sbtm.search.fit_points import fit_points
 from numpyro_sbtm.search.ladder import StartingPoints, _check, _judged, find_start
@@ -293,7 +294,7 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess, refined
 
     @jax.jit
     def weights(key):
-        stages = warm_start(target, jnp.arange(dim), refined)
+        stages = warm_start(target, jnp.arange(dim), Search(refine=refined))
         whitening, mixture, particles, *_ = run_stages(stages, key, scouts[:8], scouts)
         white = whiten(target, whitening)
         u = jax.vmap(mixture.sample)(jax.random.split(key, 8000))
@@ -364,7 +365,7 @@ def test_a_first_look_ends_the_search_only_where_it_saw_everything(density, dim,
     target = Target(density, dim)
     scouts = 4.0 * jax.random.normal(jax.random.key(seed), (128, dim))
     warm = find_start(
-        jax.random.key(seed), target, StartingPoints(scouts[:8], scouts, jnp.arange(dim)), "auto"
+        jax.random.key(seed), target, StartingPoints(scouts[:8], scouts, jnp.arange(dim)), "auto", Search()
     )
     white = whiten(target, warm.whitening)
     u = jax.vmap(warm.reference.sample)(jax.random.split(jax.random.key(seed + 100), 8000))
@@ -389,7 +390,7 @@ def test_refinement_reaches_into_a_neck():
     exact = jnp.asarray(np.c_[np.log(scale), scale[:, None] * rng.normal(size=(4000, 2))])
 
     def ended(refined):
-        stages = warm_start(target, jnp.arange(3), refined)
+        stages = warm_start(target, jnp.arange(3), Search(refine=refined))
         whitening, mixture, particles, gradients, *_ = run_stages(
             stages, jax.random.key(1), scouts[:8], scouts
         )
@@ -428,7 +429,7 @@ def test_a_fitted_map_knows_of_scales_and_fits_no_noise():
 def test_refinement_leaves_particles_that_do_not_stay_finite():
     target, flat = gaussian(np.zeros(2), np.eye(2)), affine(jnp.ones(2), jnp.eye(2))
     found = Fit(flat, flat, jnp.zeros((), bool), jnp.zeros(1), jnp.zeros((1, 8, 2)), jnp.zeros((), jnp.int32))
-    refine = jax.jit(warm_start(target, jnp.arange(2), refined=True)[3])
+    refine = jax.jit(warm_start(target, jnp.arange(2), Search(refine=True))[3])
     keys, zero = jax.random.split(jax.random.key(0), 5), jnp.zeros((), jnp.int32)
 
     def refined(particles):
@@ -486,7 +487,7 @@ def test_label_switching_is_mixed_and_its_evidence_right(kernel):
 def test_a_refined_warm_start_serves_both_kernels(kernel):
     problem = PROBLEMS["eight schools, centred"]()
     warmup = {LogVarianceDISKernel: 500, SBTMKernel: 300}[kernel]
-    mcmc = run_chains(kernel(problem.model, precondition="refined"), *problem.args, warmup=warmup)
+    mcmc = run_chains(kernel(problem.model, search=Search(refine=True)), *problem.args, warmup=warmup)
     found = report(mcmc)
     assert found.verdict != "unreliable" and found.max_rhat < 1.02, str(found)
     assert "nothing looked for modes" not in str(found)
