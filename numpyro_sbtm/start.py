@@ -31,9 +31,7 @@ _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
 _NUM_ROUNDS = 3  # in which draws better the mixture, as many in each as judge it
-_MOST_TURNED = (
-    64  # dimensions up to which it is; beyond, components with axes of their own make training dear
-)
+_MOST_TURNED = 64  # dimensions up to which it is
 _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches further
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
@@ -52,7 +50,7 @@ def find_start(
 
     Few particles look first. Where draws from what they show are good, the particles have arrived, and none
     of them lies outside, that is all; else many look. Where weights of draws are not nearly equal, draws
-    better the mixture, up to 64 dimensions. What is traced, and what has more than 128 dimensions, has no
+    better the mixture, up to 64 dimensions, if they are then good enough. What is traced, and what has more than 128 dimensions, has no
     first look, and its mixture stays.
 
     Args:
@@ -106,8 +104,13 @@ def most_components(dim: int) -> int:
 
 
 def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
-    """Let draws better the mixture, where their weights are not nearly equal, and judge it by fresh ones."""
-    if target.dim > _MOST_TURNED or bool(jnp.isneginf(warm.khat)):
+    """Let draws better the mixture, where that may do instead of training, and judge it by fresh ones.
+
+    Training starts better from the mixture that particles show: the wider components and the many axes of
+    this one are for draws alone.
+    """
+    harmless, settled = bool(jnp.isneginf(warm.khat)), bool((warm.drift == 0.0) & ~warm.outside)
+    if target.dim > _MOST_TURNED or harmless or not settled:
         return warm
 
     def adapt(
@@ -119,9 +122,9 @@ def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
         return better, *_quality(_fresh_weights(key_check, density, better), points.dtype)
 
     better, fraction, khat = run_stages([adapt], key, warm.whitening, warm.reference, warm.points)
-    if float(fraction) < _WORSE * float(warm.ess_fraction):
-        return warm
-    return warm._replace(reference=better, ess_fraction=fraction, khat=khat)
+    bettered = warm._replace(reference=better, ess_fraction=fraction, khat=khat)
+    worse = float(fraction) < _WORSE * float(warm.ess_fraction)
+    return warm if worse or not bool(bettered.sufficient()) else bettered
 
 
 def _weights(logdensity_fn: LogDensity, proposal: Mixture, u: Float[Array, "n d"]) -> Float[Array, " n"]:
