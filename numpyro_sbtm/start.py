@@ -50,8 +50,8 @@ def find_start(
 
     Few particles look first. Where draws from what they show are good, the particles have arrived, and none
     of them lies outside, that is all; else many look. Where weights of draws are not nearly equal, draws
-    better the mixture, up to 64 dimensions, if they are then good enough. What is traced, and what has more than 128 dimensions, has no
-    first look, and its mixture stays.
+    better the mixture, up to 64 dimensions, if they are then good enough. What is traced, and what has more
+    than 128 dimensions, has no first look, and its mixture stays.
 
     Args:
         key: random key.
