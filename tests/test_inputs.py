@@ -336,7 +336,11 @@ OPTIONS = [
     bad("search", "quick", TypeError, "`search` must be a `Search`, got 'quick'"),
     option("search", Search.quick()),
     bad("num_starts", 3, ValueError, "`num_starts` must be even, .*, got 3"),
-    bad("num_particles", 0, ValueError, "`refine` fits a map to particles", refine=True),
+    (
+        "refinement without particles",
+        lambda: Search(num_particles=0, refine=True),
+        (ValueError, "`refine` fits a map to particles, but `num_particles` is 0. Pass 4096"),
+    ),
     bad("refine", "yes", TypeError, "`refine` must be True or False, got 'yes'"),
     bad("training", TransportTraining(), TypeError, "`training` must be a `DiffusionTraining`, got"),
     bad("training", {}, TypeError, "`training` must be a `TransportTraining`, got {}", "sbtm"),

@@ -191,6 +191,9 @@ class DiffusionKernel(LearnedKernel):
 
     def _check_relations(self) -> None:
         """Refuse what training would; neither the network nor the dimension matters for that."""
+        net = self._make_net(normal(1))
+        if not isinstance(net, Net):
+            raise TypeError(f"`network` must make a `Net`, got {shown(net)}. Pass `denoiser`, or its like.")
         process = self._make_process(_NO_NET, 1, normal(1))
         divergence = self._make_divergence(process)
         options = self._options(process, divergence)

@@ -113,6 +113,11 @@ class SBTMKernel(LearnedKernel):
                 "Pass 'score_mlp', or a function that makes a `Net`, such as `partial(score_mlp, width=128)`."
             )
             self._network = function("network", network, cure)
+            net = self._network()
+            if not isinstance(net, Net):
+                raise TypeError(
+                    f"`network` must make a `Net`, got {shown(net)}. Pass `score_mlp`, or its like."
+                )
         self._optimizer = checked_optimizer(optimizer)
         if annealing is not None and training.noisy:
             raise ValueError(
