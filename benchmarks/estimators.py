@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from numpyro_sbtm.kernels.kernels import PROCESSES
 
 from benchmarks.steps import batch_of
 from numpyro_sbtm.core import diffusion, kl, kl_log_derivative, log_variance, two_pass_gradient
+from numpyro_sbtm.kernels.diffusion import PROCESSES
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
 
@@ -34,7 +34,7 @@ SAMPLERS = {"kl": kl, "kl-log-derivative": kl_log_derivative, "log-variance": lo
 
 def _parts(name):
     target, net = nine_modes(), denoiser()
-    return target, net, PROCESSES[name](net, target.dim, NUM_STEPS, 1.0)
+    return target, net, PROCESSES[name].process(net, target.dim, NUM_STEPS, 1.0)
 
 
 @cache

@@ -8,10 +8,10 @@ import pytest
 from helpers import three_components, two_modes
 from jax import lax
 from jax.experimental.key_reuse import _core as key_reuse
-from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 
 from numpyro_sbtm.core import diffusion, dis, sbtm
 from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
+from numpyro_sbtm.kernels.diffusion import DIVERGENCES, PROCESSES
 from numpyro_sbtm.networks import denoiser, score_mlp
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.warm_start import warm_start
@@ -40,8 +40,8 @@ def diffusion_of(process="dis", divergence="log-variance", **options):
         made = dis(net, 2, 4, reference=three_components())
     else:
         target = gaussian(jnp.zeros(DIM), jnp.eye(DIM))
-        net = NETS.get(process, lambda net: net)(denoiser(8))
-        made = PROCESSES[process](net, DIM, 4, 1.0)
+        net = PROCESSES[process].network(denoiser(8))
+        made = PROCESSES[process].process(net, DIM, 4, 1.0)
     loss = DIVERGENCES[divergence](made)
     return target.dim, diffusion(
         target, made, net, loss, optax.adam(1e-3), num_paths=32, smc_particles=4, **options

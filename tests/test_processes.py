@@ -21,7 +21,6 @@ from helpers import (
 )
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import digamma, gammaln, polygamma
-from numpyro_sbtm.kernels.kernels import DIVERGENCES, NETS, PROCESSES
 from test_exactness import largest_z_score
 
 from numpyro_sbtm import DiffusionKernel, report
@@ -46,6 +45,7 @@ from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.core.weights import log_evidence, reachable
+from numpyro_sbtm.kernels.diffusion import DIVERGENCES, PROCESSES
 from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.targets import gaussian
 
@@ -54,7 +54,7 @@ every_process = pytest.mark.parametrize("name", CONTROLLED)
 
 
 def with_network(name, net):
-    return NETS.get(name, lambda net: net)(net)
+    return PROCESSES[name].network(net)
 
 
 def process_of(name, num_steps=4, scale=1.0, size=0.1, **options):
@@ -67,14 +67,14 @@ def process_of(name, num_steps=4, scale=1.0, size=0.1, **options):
         leaf + size * jax.random.normal(key, leaf.shape, leaf.dtype)
         for key, leaf in zip(keys, leaves, strict=True)
     ]
-    return PROCESSES[name](net, 2, num_steps, scale, **options), jax.tree.unflatten(structure, noisy)
+    return PROCESSES[name].process(net, 2, num_steps, scale, **options), jax.tree.unflatten(structure, noisy)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [name for name in CONTROLLED if name != "dis-euler"])
 def test_an_untrained_process_has_constant_weight_on_its_reference(name):
     net = with_network(name, STILL)
-    process = PROCESSES[name](net, 3, 5, 1.7)
+    process = PROCESSES[name].process(net, 3, 5, 1.7)
     target = gaussian(np.zeros(3), 1.7**2 * np.eye(3))
     paths = batch(process, net.init(jax.random.key(0), 3), target, 0, 50)
     np.testing.assert_allclose(paths.log_weight, 0.0, atol=1e-9)

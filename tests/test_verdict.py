@@ -164,7 +164,7 @@ FAULTS = {
         {"forward": FORWARD._replace(khat=0.8, unseen=0.1), "backward": None, "ensemble": True},
         "reliable",
         "caution",
-        "raise `smc_particles`",
+        "raise `num_particles` of `correction`",
         "",
     ),
     "k-hat above one": (
@@ -390,7 +390,7 @@ def test_the_bound_leaves_out_what_is_hardly_there():
     "offset, added", [(-1e6, np.full((2, 3), -1e6)), ([-1e6, 3.0], [[-1e6] * 3, [3.0] * 3])]
 )
 def test_the_offset_is_added_in_double_precision(offset, added):
-    state = SimpleNamespace(training=SimpleNamespace(offset=np.asarray(offset)))
+    state = SimpleNamespace(learned=SimpleNamespace(offset=np.asarray(offset)))
     values = jnp.array([[1.25, 2.0, 1e-3]] * 2, jnp.float32)
     np.testing.assert_allclose(absolute(values, state) - np.array(added), np.asarray(values), atol=1e-9)
 
