@@ -31,7 +31,7 @@ _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
 _SOUGHT = 1  # number of the stage after which particles start
 _NUM_ROUNDS = 3  # in which draws better the mixture, as many in each as judge it
-_MOST_TURNED = 64  # dimensions up to which it is
+_MOST_TURNED = 64  # dimensions up to which they do
 _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches further
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
@@ -80,10 +80,9 @@ def find_start(
     results: list[Any] = []
     few = warm_start(target, order, brief=True)
     warm = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    if not bool(warm.outside):
-        warm = _bettered(key_few, target, warm)
-        if bool(warm.sufficient()):
-            return warm
+    warm = _bettered(key_few, target, warm)
+    if bool(warm.sufficient()):
+        return warm
     # what was fitted stays; particles start anew
     keys, *seen = results[_SOUGHT]
     keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
@@ -109,8 +108,7 @@ def _bettered(key: Key, target: Target, warm: WarmStart) -> WarmStart:
     Training starts better from the mixture that particles show: the wider components and the many axes of
     this one are for draws alone.
     """
-    harmless, settled = bool(jnp.isneginf(warm.khat)), bool((warm.drift == 0.0) & ~warm.outside)
-    if target.dim > _MOST_TURNED or harmless or not settled:
+    if target.dim > _MOST_TURNED or bool(jnp.isneginf(warm.khat) | ~warm.settled()):
         return warm
 
     def adapt(
