@@ -394,12 +394,14 @@ def test_refinement_reaches_into_a_neck():
         whitening, mixture, particles, gradients, *_ = run_stages(
             stages, jax.random.key(1), scouts[:8], scouts
         )
+        x = jax.vmap(lambda u: whitening.forward(u)[0])(particles)
         u, log_det = jax.vmap(lambda x: whitening.inverse(x))(exact)
         log_ratio = jax.vmap(density)(exact) - jax.vmap(mixture.log_prob)(u) + log_det
         assert jnp.all(jnp.isfinite(particles))
-        return float(jnp.mean(log_ratio)), int(gradients)
+        return float(jnp.mean(x[:, 0] < -6.0)), float(jnp.mean(log_ratio)), int(gradients)
 
-    (divergence, gradients), (nearer, more) = ended(False), ended(True)
+    (_, divergence, gradients), (share, nearer, more) = ended(False), ended(True)
+    assert abs(share - 0.056) < 0.015
     assert nearer < min(0.3, 0.8 * divergence)
     assert more - gradients == 2 * 45 * 8 * 4096
 

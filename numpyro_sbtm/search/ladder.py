@@ -84,10 +84,9 @@ def find_start(
     results: list[Any] = []
     few = warm_start(target, order, search, brief=True)
     found = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    if not bool(found.outside):
-        found = _bettered(key_few, target, found, search)
-        if bool(found.sufficient()):
-            return found
+    found = _bettered(key_few, target, found, search)
+    if bool(found.sufficient()):
+        return found
     # what was fitted stays; particles start anew
     keys, *seen = results[_SOUGHT]
     keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
@@ -114,8 +113,8 @@ def _bettered(key: Key, target: Target, found: Located, search: Search) -> Locat
     Training starts better from the mixture that particles show: the wider components and the many axes of
     this one are for draws alone.
     """
-    harmless, settled = bool(jnp.isneginf(found.khat)), bool((found.drift == 0.0) & ~found.outside)
-    if target.dim > search.max_mixture_dim or not search.mixture_rounds or harmless or not settled:
+    turned = target.dim <= search.max_mixture_dim and search.mixture_rounds
+    if not turned or bool(jnp.isneginf(found.khat) | ~found.settled()):
         return found
     num, rounds = search.num_checked, search.mixture_rounds
 

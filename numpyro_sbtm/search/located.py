@@ -46,7 +46,11 @@ class Located(NamedTuple):
 
     def sufficient(self) -> Bool[Array, ""]:
         """Say whether draws from it do as proposals: usable, its particles arrived, and none outside."""
-        return self.usable() & (self.drift == 0.0) & ~self.outside
+        return self.usable() & self.settled()
+
+    def settled(self) -> Bool[Array, ""]:
+        """Say whether its particles arrived everywhere, and none lies outside what is drawn."""
+        return (self.drift == 0.0) & ~self.outside
 
     def usable(self) -> Bool[Array, ""]:
         """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""
