@@ -13,7 +13,14 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from benchmarks.steps import batch_of
-from numpyro_sbtm.core import diffusion, kl, kl_log_derivative, log_variance, two_pass_gradient
+from numpyro_sbtm.core import (
+    DiffusionOptions,
+    diffusion,
+    kl,
+    kl_log_derivative,
+    log_variance,
+    two_pass_gradient,
+)
 from numpyro_sbtm.kernels.diffusion import PROCESSES
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
@@ -42,7 +49,12 @@ def _trained(name, num_steps, seed):
     """Train one process; returns its parameters."""
     target, net, process = _parts(name)
     algorithm = diffusion(
-        target, process, net, log_variance(), optax.adam(2e-3), num_paths=NUM_PATHS, num_updates=4
+        target,
+        process,
+        net,
+        log_variance(),
+        optax.adam(2e-3),
+        DiffusionOptions(num_paths=NUM_PATHS, num_updates=4),
     )
     keys = jax.random.split(jax.random.key(seed), num_steps + 1)
     train = jax.jit(lambda state, keys: jax.lax.scan(lambda s, k: (algorithm.step(k, s)[0], ()), state, keys))

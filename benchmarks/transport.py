@@ -21,12 +21,12 @@ from scipy.stats import gaussian_kde
 
 from benchmarks.particles import langevin, mass_errors, plain_transport, svgd, tempered
 from numpyro_sbtm import plots, targets
-from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.anneal import convolution, dilation, geometric
-from numpyro_sbtm.core.flow import trajectory
+from numpyro_sbtm.core import TransportOptions, sbtm
 from numpyro_sbtm.core.quasi import quasi_normal, standardised
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
+from numpyro_sbtm.core.transport.annealing import convolution, dilation, geometric
+from numpyro_sbtm.core.transport.maps import trajectory
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
 from numpyro_sbtm.networks import radial, score_mlp
 
@@ -211,23 +211,26 @@ def _rises(looks):
     return {f"{name}_rise": last - min(look[name] for look in looks) for name, last in looks[-1].items()}
 
 
-def _transport(problem, seed, learner=_network, num_steps=None, quasi=True, **options):
+def _transport(problem, seed, learner=_network, num_steps=None, quasi=True, annealing=None, **options):
     """Transport as this package does it: affine part in closed form, held-out stopping, exact weights."""
     problem = problem._replace(num_steps=num_steps or problem.num_steps)
     algorithm = sbtm(
         problem.target,
         *learner(problem),
-        num_particles=problem.num_particles,
-        num_maps=problem.num_steps,
-        num_updates=10,
-        batch_size=min(problem.num_particles, 512),
-        duration=problem.duration,
+        TransportOptions(
+            num_particles=problem.num_particles,
+            num_maps=problem.num_steps,
+            num_updates=10,
+            batch_size=512,
+            duration=problem.duration,
+            max_rounds=8,
+            first_updates=1000,
+            num_probes=min(problem.num_particles, NUM_PROBES),
+            quasi=quasi,
+            **{"noisy": False} | options,
+        ),
         base=standard_normal(problem.target.dim, problem.std),
-        max_rounds=8,
-        first_updates=1000,
-        num_probes=min(problem.num_particles, NUM_PROBES),
-        quasi=quasi,
-        **options,
+        annealing=annealing,
     )
     keys = jax.random.split(jax.random.key(seed + 1), problem.num_steps)
 
@@ -255,7 +258,8 @@ def _transport(problem, seed, learner=_network, num_steps=None, quasi=True, **op
     row |= _rises(looks)
     made = state.divergence[: row["maps"] + 1]
     row["divergence_rise"] = float(made[-1] - jnp.min(made))
-    if problem.true_dissipation is not None and not options.keys() & {"annealing", "noisy", "preconditioned"}:
+    plain = annealing is None and not options.keys() & {"noisy", "preconditioned"}
+    if problem.true_dissipation is not None and plain:
         row["dissipation_error"] = _dissipation_error(problem, state)
     row |= _weighed(problem, algorithm, state, seed)
     history = state.maps.step_size, state.divergence, state.dissipation.fisher, state.dissipation.dissipation

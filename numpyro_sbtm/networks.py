@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.checks import whole
 from numpyro_sbtm.core.lazy import load
-from numpyro_sbtm.core.process import Net
+from numpyro_sbtm.core.net import Net
 from numpyro_sbtm.core.quasi import quasi_normal
 from numpyro_sbtm.core.target import Key, Params
 

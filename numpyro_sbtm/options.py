@@ -11,18 +11,17 @@ from numpyro_sbtm.checks import (
     one_of,
     optional,
     positive,
-    probability,
     shown,
     whole,
 )
 from numpyro_sbtm.core.local import LOCAL_KERNELS, LocalMove
+from numpyro_sbtm.core.options import MOST_STEPS, DiffusionOptions, TransportOptions, put
 
 __all__ = ["Correction", "DiffusionTraining", "Search", "TransportTraining", "group_of"]
 
 Group = TypeVar("Group")
 
 _MOST_PARTICLES = 2**16
-_MOST_STEPS = 2**20
 _SCALES = 1e-6, 1e6  # float32 has squares of these, and what is left of one when they are added
 
 
@@ -30,12 +29,6 @@ def _named(group: type[Group]) -> type[Group]:
     """Let a group say whose option an unknown keyword is."""
     setattr(group, "__init__", names_unknown_options(group.__init__))  # noqa: B010
     return group
-
-
-def _set(group: Any, **values: Any) -> None:
-    """Put checked values into a frozen group: numbers of NumPy become Python's."""
-    for name, value in values.items():
-        object.__setattr__(group, name, value)
 
 
 @_named
@@ -87,7 +80,7 @@ class Search:
     refine: bool = False
 
     def __post_init__(self) -> None:
-        _set(
+        put(
             self,
             num_starts=whole("num_starts", self.num_starts, 2, 1024),
             num_prior_draws=whole("num_prior_draws", self.num_prior_draws, 2, 2**14),
@@ -116,16 +109,11 @@ class Search:
 
 @_named
 @dataclass(frozen=True, kw_only=True)
-class DiffusionTraining:
-    """How a learned diffusion is trained.
+class DiffusionTraining(DiffusionOptions):
+    """How a kernel trains a learned diffusion: `DiffusionOptions`, with other defaults, and more.
 
     Attributes:
         num_steps: steps of the diffusion, T.
-        num_paths: paths simulated per training step.
-        num_times: at most how many of the T times enter each gradient; all for 'kl'.
-        coarse_steps: a process that can trains on at most so many of its steps, drawn anew for every block;
-            None: on all.
-        num_updates: updates on each block of simulated paths, which cost no call of the target.
         learning_rate: of Adam, at most 1, decaying along a cosine over warm-up, where no ``optimizer`` is
             given.
         scale: standard deviation of the noise, in whitened units.
@@ -133,17 +121,10 @@ class DiffusionTraining:
             of the noise, where it enters the forward chain; 0 keeps it out. None: 3 for 'dis', 10 for the
             others.
         look_ahead: 'dis' also evaluates the target's score at a guess of where the path ends: twice the
-            gradients, a better bound (see `numpyro_sbtm.core.process.dis`).
-        exploration: at the start training simulates with noise larger by this part, which falls to nothing
-            over the first half of warm-up.
-        trust_region: with several updates, how far in nats they aim from the law of the block; None: at the
-            target.
-        buffer_size: how many ends of earlier paths are kept, by weight, as ends of backward paths for
-            training; 0: those that the search found.
-        target_acceptance: training ends once proposals that vary as its log weights do would be accepted
-            with this probability; None: once it gains nothing more.
-        patience: training ends, too, once the variance of the log weights is moderate and has not fallen by a
-            twentieth in so many steps; None: it then takes all of warm-up.
+            gradients, a better bound (see `numpyro_sbtm.core.processes.dis.dis`).
+        num_times: as in `DiffusionOptions`; all for 'kl'.
+        coarse_steps: as in `DiffusionOptions`, and at most ``num_steps``.
+        patience: as in `DiffusionOptions`; None: training takes all of warm-up.
         always: train also where draws of what was found are good enough as proposals (an effective fraction
             above 0.5, k̂ below 0.7, particles without drift). Raw draws, and chains with samplers of their
             own, always are of trained ones.
@@ -159,66 +140,39 @@ class DiffusionTraining:
     """
 
     num_steps: int = 32
-    num_paths: int = 256
-    num_times: int = 16
+    num_times: int | None = 16
     coarse_steps: int | None = 10
-    num_updates: int = 1
     learning_rate: float = 2e-3
     scale: float = 1.0
     score_clip: float | None = None
     look_ahead: bool = False
-    exploration: float = 0.0
-    trust_region: float | None = None
-    buffer_size: int = 0
-    target_acceptance: float | None = 0.9
-    patience: int | None = 100
     always: bool = False
 
     def __post_init__(self) -> None:
-        num_steps = whole("num_steps", self.num_steps, 1, _MOST_STEPS)
-        coarse_steps = optional(whole, "coarse_steps", self.coarse_steps)
-        coarse_steps = None if coarse_steps is None else min(coarse_steps, num_steps)
-        _set(
+        super().__post_init__()
+        num_steps = whole("num_steps", self.num_steps, 1, MOST_STEPS)
+        put(
             self,
             num_steps=num_steps,
-            num_paths=whole("num_paths", self.num_paths, 2),
-            num_times=whole("num_times", self.num_times),
-            coarse_steps=coarse_steps,
-            num_updates=whole("num_updates", self.num_updates, 1, _MOST_STEPS),
+            coarse_steps=None if self.coarse_steps is None else min(self.coarse_steps, num_steps),
             learning_rate=positive("learning_rate", self.learning_rate, 1.0),
             scale=number("scale", self.scale, *_SCALES),
             score_clip=optional(number, "score_clip", self.score_clip, 0.0, 1e6),
             look_ahead=flag("look_ahead", self.look_ahead),
-            exploration=number("exploration", self.exploration, 0.0, 10.0),
-            trust_region=optional(positive, "trust_region", self.trust_region, 1e6),
-            buffer_size=whole("buffer_size", self.buffer_size, 0),
-            target_acceptance=optional(probability, "target_acceptance", self.target_acceptance),
-            patience=optional(whole, "patience", self.patience, 0),
             always=flag("always", self.always),
         )
 
 
 @_named
 @dataclass(frozen=True, kw_only=True)
-class TransportTraining:
-    """How score-based transport is trained.
+class TransportTraining(TransportOptions):
+    """How a kernel trains score-based transport: `TransportOptions`, with other defaults, and more.
 
     Attributes:
-        num_particles: training particles.
         num_maps: transport steps; at most ``num_warmup`` are made.
-        num_updates: updates of the network per training step.
-        batch_size: particles per update.
-        solved_output: whether every map takes the best output layer for its network, solved for on all
-            particles with a ridge that held-out points choose: better scores for a little more work.
-        duration: total time of the transport.
-        tolerance: error that a step of the transport may make, in deviations of the particles; steps adapt to
-            it, and ``num_maps`` is their largest number. None: all steps are alike.
         learning_rate: of Adam with weight decay, where no ``optimizer`` is given.
         scale: standard deviation of the particles' first law, in whitened units, where what was found is one
             normal distribution and not near exact.
-        noisy: whether proposals follow the maps with noise, with exact path weights, instead of the flow with
-            its determinants, whose cost grows with the cube of the dimension. None: above 32 dimensions.
-        target_acceptance: as in `DiffusionTraining`.
         always: as in `DiffusionTraining`.
 
     Raises:
@@ -232,35 +186,25 @@ class TransportTraining:
     """
 
     num_particles: int = 16384
-    num_maps: int = 50
-    num_updates: int = 10
     batch_size: int = 2048
-    solved_output: bool = False
     duration: float = 1.5
-    tolerance: float | None = None
     learning_rate: float = 1e-3
     scale: float = 1.2
-    noisy: bool | None = None
-    target_acceptance: float | None = None
     always: bool = False
 
     def __post_init__(self) -> None:
-        num_particles = whole("num_particles", self.num_particles, 3)
-        _set(
+        super().__post_init__()
+        put(
             self,
-            num_particles=num_particles,
-            num_maps=whole("num_maps", self.num_maps, 1, _MOST_STEPS),
-            num_updates=whole("num_updates", self.num_updates, 1, _MOST_STEPS),
-            batch_size=min(whole("batch_size", self.batch_size), num_particles),
-            solved_output=flag("solved_output", self.solved_output),
-            duration=positive("duration", self.duration, 1e3),
-            tolerance=optional(positive, "tolerance", self.tolerance, 10.0),
             learning_rate=positive("learning_rate", self.learning_rate, 1.0),
             scale=number("scale", self.scale, *_SCALES),
-            noisy=optional(flag, "noisy", self.noisy),
-            target_acceptance=optional(probability, "target_acceptance", self.target_acceptance),
             always=flag("always", self.always),
         )
+        if self.quasi:
+            raise ValueError(
+                "`quasi` asks for one normal distribution as first law, but a kernel's is the mixture that "
+                "was found. Pass `quasi=False`."
+            )
 
 
 @_named
@@ -305,7 +249,7 @@ class Correction:
     def __post_init__(self) -> None:
         if not isinstance(self.local_kernel, LocalMove):
             one_of("local_kernel", self.local_kernel, ("auto", *LOCAL_KERNELS, None))
-        _set(
+        put(
             self,
             metropolis=flag("metropolis", self.metropolis),
             steps_per_draw=whole("steps_per_draw", self.steps_per_draw),

@@ -16,7 +16,7 @@ from numpyro_sbtm import (
     Search,
     TransportTraining,
 )
-from numpyro_sbtm.core import Net, dis, evaluate, simulate
+from numpyro_sbtm.core import Net, TransportOptions, dis, evaluate, sbtm, simulate
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.weights import clean, log_evidence
 from numpyro_sbtm.networks import denoiser, score_mlp
@@ -40,6 +40,22 @@ def build(cls, *args, width=None, smc_particles=None, **options):
     if width is not None:
         options["network"] = partial(score_mlp if transport else denoiser, width)
     return cls(*args, **options)
+
+
+def transport(
+    target, net, optimiser, *, base=None, annealing=None, num_steps=None, smc_particles=0, **options
+):
+    """Make the algorithm of transport with its options in line."""
+    return sbtm(
+        target,
+        net,
+        optimiser,
+        TransportOptions(**options),
+        base=base,
+        annealing=annealing,
+        num_steps=num_steps,
+        smc_particles=smc_particles,
+    )
 
 
 def run_chains(kernel, *args, warmup, samples=1000, seed=0, **kwargs):

@@ -6,19 +6,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_within, correlated, two_modes
+from helpers import assert_within, correlated, transport, two_modes
 from scipy.stats import norm
 
-from numpyro_sbtm.core import sbtm
-from numpyro_sbtm.core.anneal import conditional_ess, convolution, dilation, geometric, next_level, tempering
-from numpyro_sbtm.core.dissipation import dissipation
-from numpyro_sbtm.core.flow import velocity
-from numpyro_sbtm.core.learning import Cloud, affine_part, solve_output
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.quasi import quasi_normal
 from numpyro_sbtm.core.score import divergence_of
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
+from numpyro_sbtm.core.transport.annealing import (
+    conditional_ess,
+    convolution,
+    dilation,
+    geometric,
+    next_level,
+    tempering,
+)
+from numpyro_sbtm.core.transport.dissipation import dissipation
+from numpyro_sbtm.core.transport.maps import velocity
+from numpyro_sbtm.core.transport.velocity import ScoredPoints, affine_part, solve_output
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
 from numpyro_sbtm.networks import radial, score_mlp
 from numpyro_sbtm.targets import gaussian, unequal_pair
@@ -37,7 +43,9 @@ def trained(target, std, num_maps, duration, learner=None, **options):
     sizes = {"num_particles": 1024, "num_updates": 5, "batch_size": 256}
     base = standard_normal(target.dim, std)
     learner = learner or (NET, optax.adam(3e-3))
-    algorithm = sbtm(target, *learner, num_maps=num_maps, duration=duration, base=base, **(sizes | options))
+    algorithm = transport(
+        target, *learner, num_maps=num_maps, duration=duration, base=base, **(sizes | options)
+    )
     keys = jax.random.split(jax.random.key(1), num_maps)
     run = jax.jit(lambda state: jax.lax.scan(lambda s, key: algorithm.step(key, s), state, keys)[0])
     return algorithm, run(algorithm.init(jax.random.key(0)))
@@ -193,7 +201,7 @@ def test_the_output_layer_solves_score_matching(dim):
     """The solved layer is where the gradient of the score matching loss with its ridge vanishes."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(512, dim)) @ (np.eye(dim) + 0.3 * rng.normal(size=(dim, dim))))
-    cloud = Cloud(x, -x - 2.0 * jnp.sin(2.0 * x))
+    cloud = ScoredPoints(x, -x - 2.0 * jnp.sin(2.0 * x))
     net = score_mlp(width=8, depth=1)
     params = net.init(jax.random.key(0), dim)
     layer = jnp.arange(9.0 * dim) / dim
@@ -339,12 +347,12 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="`conditional_ess` must lie between 0 and 1, got 2"):
         geometric(conditional_ess=2.0)
     with pytest.raises(ValueError, match=r"`annealing` asks for a flow.*noisy=False"):
-        sbtm(correlated(), NET, optax.sgd(1.0), noisy=True, annealing=geometric())
+        transport(correlated(), NET, optax.sgd(1.0), noisy=True, annealing=geometric())
     with pytest.raises(ValueError, match=r"`preconditioned` asks for a flow.*noisy=False"):
-        sbtm(correlated(), NET, optax.sgd(1.0), noisy=True, preconditioned=True)
+        transport(correlated(), NET, optax.sgd(1.0), noisy=True, preconditioned=True)
     with pytest.raises(ValueError, match="`quasi` needs a `base` that is a `Gaussian`, got Mixture"):
-        sbtm(correlated(), NET, optax.sgd(1.0), base=normal(2), quasi=True)
+        transport(correlated(), NET, optax.sgd(1.0), base=normal(2), quasi=True)
     with pytest.raises(ValueError, match=r"`solved_output` needs a `net` with `features`.*got no features"):
-        sbtm(correlated(), radial(), optax.sgd(1.0), solved_output=True)
+        transport(correlated(), radial(), optax.sgd(1.0), solved_output=True)
     with pytest.raises(ValueError, match=r"`solved_output` needs .* an `optimiser`.*got None"):
-        sbtm(correlated(), NET, None, solved_output=True)
+        transport(correlated(), NET, None, solved_output=True)

@@ -20,6 +20,7 @@ from helpers import (
 )
 
 from numpyro_sbtm.core import (
+    DiffusionOptions,
     Net,
     Target,
     diffusion,
@@ -29,11 +30,11 @@ from numpyro_sbtm.core import (
     noise_path,
     two_pass_gradient,
 )
-from numpyro_sbtm.core.anneal import conditional_ess
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.path import observe, reevaluate, simulate
-from numpyro_sbtm.core.process import log_snr_grid
+from numpyro_sbtm.core.processes.grids import log_snr_grid
 from numpyro_sbtm.core.target import value_and_score
+from numpyro_sbtm.core.transport.annealing import conditional_ess
 from numpyro_sbtm.core.weights import (
     clean,
     ess_fraction,
@@ -93,7 +94,9 @@ def test_a_far_mode_is_not_thrown_off_by_the_first_updates():
     target = Target(lambda x: mixture.log_prob(x) + 0.1 * jnp.sum(jnp.sin(x)), 1)
     net = denoiser(16, num_components=2)
     process = dis(net, 1, num_steps=8, reference=mixture)
-    algorithm = diffusion(target, process, net, log_variance(), optax.adam(2e-3), num_paths=64)
+    algorithm = diffusion(
+        target, process, net, log_variance(), optax.adam(2e-3), DiffusionOptions(num_paths=64)
+    )
     state, step = algorithm.init(jax.random.key(0)), jax.jit(algorithm.step)
     for k in range(10):
         state, info = step(jax.random.key(k), state)
@@ -105,7 +108,9 @@ def test_training_that_makes_it_worse_is_undone():
     target = Target(lambda x: mixture.log_prob(x) + 2.0, 2)
     net = denoiser(8, num_components=4)
     process = dis(net, 2, num_steps=4, reference=mixture)
-    algorithm = diffusion(target, process, net, log_variance(), optax.sgd(-1e3), num_paths=32)
+    algorithm = diffusion(
+        target, process, net, log_variance(), optax.sgd(-1e3), DiffusionOptions(num_paths=32)
+    )
     key = jax.random.key(0)
     state = algorithm.init(key)
     perturbed = jax.tree.map(lambda leaf: leaf + 1e-3, state.params)
@@ -125,7 +130,9 @@ def test_training_that_leaves_no_finite_weight_is_undone():
     """No weight varies then: that is not the best, but the worst."""
     target, net = Target(lambda x: -0.5 * jnp.sum((x - 1.0) ** 2), 2), denoiser(8)
     process = dis(net, 2, num_steps=4)
-    algorithm = diffusion(target, process, net, log_variance(), optax.adam(1e200), num_paths=16)
+    algorithm = diffusion(
+        target, process, net, log_variance(), optax.adam(1e200), DiffusionOptions(num_paths=16)
+    )
     key = jax.random.key(0)
     state = algorithm.init(key)
     advance = jax.jit(algorithm.step)
@@ -368,7 +375,9 @@ def test_metropolis_detail():
 def test_fresh_weights_of_exact_draws_have_inverse_mean_one_over_z():
     """E[1 / w] = 1 / Z over draws of the target and backward paths: what a local move relies on."""
     target, net = two_modes(), denoiser(width=8)
-    algorithm = diffusion(target, dis(net, 2, 4), net, log_variance(), optax.adam(1e-3), num_paths=8)
+    algorithm = diffusion(
+        target, dis(net, 2, 4), net, log_variance(), optax.adam(1e-3), DiffusionOptions(num_paths=8)
+    )
     state = algorithm.init(jax.random.key(0))
     state = state._replace(average=shaken(2, size=0.02)[1])
     draws = target.sample(jax.random.key(1), 40_000)
@@ -385,18 +394,18 @@ def test_fresh_weights_of_exact_draws_have_inverse_mean_one_over_z():
 def test_training_stops_at_its_goal_and_not_before():
     net = denoiser(width=8)
 
-    def finished(goal):
+    def finished(acceptance):
         algorithm = diffusion(
             gaussian(np.zeros(2), np.eye(2)), dis(net, 2, 4), net, log_variance(), optax.adam(1e-3),
-            num_paths=16, goal=goal,
+            DiffusionOptions(num_paths=16, target_acceptance=acceptance),
         )  # fmt: skip
         step = lambda state, key: algorithm.step(key, state)  # noqa: E731
         keys = jax.random.split(jax.random.key(1), 120)
         return jax.jit(lambda: jax.lax.scan(step, algorithm.init(jax.random.key(0)), keys)[1].finished)()
 
-    found = np.asarray(finished(1e-3))  # the reference is the target: zero loss, once the window is full
+    found = np.asarray(finished(0.98))  # the reference is the target: zero loss, once the window is full
     assert not found[:49].any() and found[60:].all()
-    assert not np.asarray(finished(-1.0)).any()
+    assert not np.asarray(finished(None)).any()
 
 
 def test_clear_errors():

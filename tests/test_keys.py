@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import three_components, two_modes
+from helpers import three_components, transport, two_modes
 from jax import lax
 from jax.experimental.key_reuse import _core as key_reuse
 
-from numpyro_sbtm.core import diffusion, dis, sbtm
+from numpyro_sbtm.core import DiffusionOptions, diffusion, dis
 from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.kernels.diffusion import DIVERGENCES, PROCESSES
 from numpyro_sbtm.networks import denoiser, score_mlp
@@ -34,7 +34,7 @@ def _transposed_keys(monkeypatch):
     monkeypatch.setitem(key_reuse.key_reuse_signatures, lax.transpose_p, signature)
 
 
-def diffusion_of(process="dis", divergence="log-variance", **options):
+def diffusion_of(process="dis", divergence="log-variance", endpoints=None, **options):
     if process == "dis":
         target, net = two_modes(), denoiser(8, num_components=4)
         made = dis(net, 2, 4, reference=three_components())
@@ -44,21 +44,26 @@ def diffusion_of(process="dis", divergence="log-variance", **options):
         made = PROCESSES[process].process(net, DIM, 4, 1.0)
     loss = DIVERGENCES[divergence](made)
     return target.dim, diffusion(
-        target, made, net, loss, optax.adam(1e-3), num_paths=32, smc_particles=4, **options
+        target,
+        made,
+        net,
+        loss,
+        optax.adam(1e-3),
+        DiffusionOptions(num_paths=32, **options),
+        endpoints=endpoints,
+        smc_particles=4,
     )
 
 
 def flow_of(**options):
     sizes = {"num_particles": 32, "num_maps": 2, "num_updates": 2, "batch_size": 8, "num_probes": 16}
     target = gaussian(jnp.zeros(DIM), jnp.eye(DIM))
-    return DIM, sbtm(target, score_mlp(8), optax.adam(1e-3), smc_particles=4, **sizes, **options)
+    return DIM, transport(target, score_mlp(8), optax.adam(1e-3), smc_particles=4, **sizes, **options)
 
 
 ALGORITHMS = {
     **{name: lambda name=name: diffusion_of(divergence=name) for name in DIVERGENCES},
-    "every piece": lambda: diffusion_of(
-        exploration=optax.constant_schedule(0.1), endpoints=jnp.zeros((4, 2)), **PIECES
-    ),
+    "every piece": lambda: diffusion_of(exploration=0.1, endpoints=jnp.zeros((4, 2)), **PIECES),
     "bridge": lambda: diffusion_of("bridge"),
     **{name: lambda name=name: flow_of(**FLOWS[name]) for name in FLOWS},
 }

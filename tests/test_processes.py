@@ -25,6 +25,7 @@ from test_exactness import largest_z_score
 
 from numpyro_sbtm import DiffusionKernel, report
 from numpyro_sbtm.core import (
+    DiffusionOptions,
     Net,
     Target,
     diffusion,
@@ -41,8 +42,8 @@ from numpyro_sbtm.core import (
     trajectory_balance,
     two_pass_gradient,
 )
-from numpyro_sbtm.core.controlled import cosine_grid, vp_grid
 from numpyro_sbtm.core.mixture import Mixture
+from numpyro_sbtm.core.processes.grids import cosine_grid, vp_grid
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.core.weights import log_evidence, reachable
 from numpyro_sbtm.kernels.diffusion import DIVERGENCES, PROCESSES
@@ -374,7 +375,12 @@ def test_a_buffer_holds_ends_by_weight():
     process, _ = shaken(2, num_steps=8)
     net = denoiser(width=8)
     algorithm = diffusion(
-        target, process, net, log_variance(), optax.sgd(0.0), num_paths=400, buffer_size=6000
+        target,
+        process,
+        net,
+        log_variance(),
+        optax.sgd(0.0),
+        DiffusionOptions(num_paths=400, buffer_size=6000),
     )
     state = algorithm.init(jax.random.key(0))
     assert bool(jnp.all(jnp.isnan(state.buffer)))
@@ -406,18 +412,23 @@ def test_a_buffer_holds_ends_by_weight():
         (
             "pis",
             kl(),
-            {"exploration": optax.constant_schedule(0.1)},
+            {"exploration": 0.1},
             "`exploration` draws paths from another",
         ),
         ("pis", kl(), {"buffer_size": 64}, "`buffer_size` is 64, but the buffer holds starts of backward"),
         ("pis", log_variance(), {"trust_region": 1.0}, "asks for several updates on one block"),
-        ("pis", log_variance(), {"trust_region": -1.0, "num_updates": 2}, "`trust_region` must be positive"),
+        (
+            "pis",
+            log_variance(),
+            {"trust_region": -1.0, "num_updates": 2},
+            "`trust_region` must be a number above 0",
+        ),
     ],
 )
 def test_pieces_that_do_not_fit_are_refused(name, divergence, options, message):
     process, _ = process_of(name)
     with pytest.raises(ValueError, match=message):
-        diffusion(correlated(), process, denoiser(8), divergence, optax.sgd(0.0), **options)
+        diffusion(correlated(), process, denoiser(8), divergence, optax.sgd(0.0), DiffusionOptions(**options))
 
 
 @pytest.mark.slow
@@ -439,7 +450,12 @@ def test_looking_ahead_makes_proposals_of_a_skewed_target_better():
             optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, 400))
         )
         algorithm = diffusion(
-            target, process, net, log_variance(), optimiser, num_paths=128, coarse_steps=16, patience=None
+            target,
+            process,
+            net,
+            log_variance(),
+            optimiser,
+            DiffusionOptions(num_paths=128, coarse_steps=16, patience=None),
         )
         keys = jax.random.split(jax.random.key(1), 400)
         advance = lambda state, key: algorithm.step(key, state)  # noqa: B023, E731

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import KERNELS, assert_within, build, run_chains, shaken, two_modes
+from helpers import KERNELS, assert_within, build, run_chains, shaken, transport, two_modes
 from test_exactness import largest_z_score
 
 from numpyro_sbtm import Correction, report
-from numpyro_sbtm.core import importance, sbtm, simulate
+from numpyro_sbtm.core import importance, simulate
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.smc import independent_ensemble, path_ensemble
 from numpyro_sbtm.networks import score_mlp
@@ -28,7 +28,7 @@ def paths(target):
 
 
 def flows(target):
-    algorithm = sbtm(target, score_mlp(8), optax.adam(1e-3), num_particles=128, num_maps=3)
+    algorithm = transport(target, score_mlp(8), optax.adam(1e-3), num_particles=128, num_maps=3)
     state = algorithm.init(jax.random.key(0))
     for k in range(3):
         state, _ = algorithm.step(jax.random.key(k), state)

@@ -7,15 +7,16 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from helpers import assert_within, correlated, two_modes
+from helpers import assert_within, correlated, transport, two_modes
 
-from numpyro_sbtm.core import Net, sbtm, simulate
-from numpyro_sbtm.core.anneal import geometric
-from numpyro_sbtm.core.flow import Maps, noisy_transport, pull, push
+from numpyro_sbtm.core import Net, simulate
 from numpyro_sbtm.core.score import divergence_of, implicit_score_loss
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.transition import standard_normal
-from numpyro_sbtm.core.transport import euler_map, log_abs_det, spectral_norm
+from numpyro_sbtm.core.transport.annealing import geometric
+from numpyro_sbtm.core.transport.euler import euler_map, log_abs_det, spectral_norm
+from numpyro_sbtm.core.transport.maps import Maps, pull, push
+from numpyro_sbtm.core.transport.noisy import noisy_transport
 from numpyro_sbtm.core.weights import log_evidence, log_variance_at, metropolis
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.targets import gaussian
@@ -26,8 +27,8 @@ STILL = Net(lambda key, dim: jnp.zeros(0), lambda params, x: 0.0 * x)
 
 
 def trained(target, steps=12, net=NET, **options):
-    sizes = {"num_particles": 512, "num_maps": 6, "steps_per_map": 2, "num_updates": 4, "batch_size": 256}
-    algorithm = sbtm(target, net, optax.adam(5e-3), **(sizes | options))
+    sizes = {"num_particles": 512, "num_maps": 6, "num_updates": 4, "batch_size": 256}
+    algorithm = transport(target, net, optax.adam(5e-3), num_steps=steps, **(sizes | options))
     state = algorithm.init(jax.random.key(0))
     state, info = jax.jit(
         lambda state: jax.lax.scan(
@@ -85,7 +86,7 @@ def test_fresh_draws_have_mean_weight_z(flow):
 
 
 def test_untrained_flow_is_the_identity():
-    algorithm = sbtm(correlated(), NET, optax.adam(1e-3), num_particles=64, num_maps=3)
+    algorithm = transport(correlated(), NET, optax.adam(1e-3), num_particles=64, num_maps=3)
     state = algorithm.init(jax.random.key(0))
     x = jnp.array([0.3, -2.0])
     np.testing.assert_array_equal(push(NET, state.maps, x)[0], x)
@@ -95,7 +96,7 @@ def test_gaussians_need_no_network():
     """The affine part of the velocity is the exact Gaussian flow: variances follow their equation."""
     target = gaussian(np.zeros(2), np.diag([0.25, 4.0]))
     algorithm, state, _ = trained(
-        target, steps=100, num_maps=100, steps_per_map=1, num_updates=1, num_particles=20_000, duration=2.0
+        target, steps=100, num_maps=100, num_updates=1, num_particles=20_000, duration=2.0
     )
     variance = np.ones(2)
     for _ in range(100):  # x ↦ (1 + h (1/V - 1/v)) x
@@ -119,7 +120,6 @@ def test_preconditioned_particles_relax_at_one_rate_in_all_directions():
         target,
         steps=100,
         num_maps=100,
-        steps_per_map=1,
         num_updates=1,
         num_particles=20_000,
         duration=2.0,
@@ -149,7 +149,7 @@ def test_steps_shrink_so_that_maps_stay_one_to_one():
 def test_steps_are_as_long_as_their_error_allows():
     """Particles that relax exponentially need ever fewer steps; the last one ends with the duration."""
     target, options = gaussian(np.zeros(2), np.eye(2)), {"num_particles": 4096, "duration": 2.0}
-    options |= {"steps_per_map": 1, "num_updates": 1, "quasi": True, "base": standard_normal(2, 0.5)}
+    options |= {"num_updates": 1, "quasi": True, "base": standard_normal(2, 0.5)}
     errors, counts = [], []
     for tolerance in (1e-2, 1e-3, 1e-4):
         _, state, _ = trained(target, steps=400, num_maps=400, tolerance=tolerance, **options)
@@ -174,7 +174,7 @@ def test_steps_are_as_long_as_their_error_allows():
 def test_heun_steps_have_second_order():
     """On normal laws affine velocities are exact: what is left is the error of the steps."""
     target, options = gaussian(np.zeros(2), np.eye(2)), {"net": STILL, "num_particles": 512, "duration": 1.0}
-    options |= {"steps_per_map": 1, "num_updates": 1, "quasi": True, "base": standard_normal(2, 0.5)}
+    options |= {"num_updates": 1, "quasi": True, "base": standard_normal(2, 0.5)}
 
     def error(num_maps, heun):
         _, state, _ = trained(target, steps=num_maps, num_maps=num_maps, heun=heun, **options)
@@ -213,7 +213,7 @@ def test_heun_maps_are_exact_and_counted():
 def test_heun_maps_stay_one_to_one_where_the_second_velocity_is_steep():
     """At level zero the first velocity vanishes, and the second one is that of a narrow law."""
     narrow = gaussian(np.zeros(2), 0.01 * np.eye(2))
-    algorithm, state, _ = trained(narrow, 10, num_maps=10, steps_per_map=1, annealing=geometric(), heun=True)
+    algorithm, state, _ = trained(narrow, 10, num_maps=10, annealing=geometric(), heun=True)
     draws = jax.jit(algorithm.proposal.draw, static_argnums=2)(
         jax.random.key(3), algorithm.parameters(state), 200
     )
@@ -236,13 +236,13 @@ def test_transport_ends_where_proposals_are_good_enough():
     target = gaussian(np.zeros(2), np.eye(2))
     goal = log_variance_at(0.8)
 
-    def ended(goal):
+    def ended(acceptance):
         base = standard_normal(2, 1.5)
-        _, state, info = trained(target, 20, base=base, num_maps=20, steps_per_map=1, goal=goal)
+        _, state, info = trained(target, 20, base=base, num_maps=20, target_acceptance=acceptance)
         assert bool(info.finished)
         return int(state.step), float(state.variance)
 
-    (every_step, least), (step, variance) = ended(0.0), ended(goal)
+    (every_step, least), (step, variance) = ended(None), ended(0.8)
     assert 1 < step < every_step == 20 and least < variance < goal
     assert ended(1e9)[0] == 1  # one map at least
 
@@ -326,7 +326,7 @@ def test_draws_end_where_the_divergence_was_least(flow):
 def noisy():
     jax.config.update("jax_enable_x64", True)
     base = standard_normal(2, 2.0)
-    return trained(two_modes(), steps=24, num_maps=24, steps_per_map=1, duration=1.0, base=base, noisy=True)
+    return trained(two_modes(), steps=24, num_maps=24, duration=1.0, base=base, noisy=True)
 
 
 def test_weights_of_noisy_paths_are_unbiased_both_ways(noisy):
@@ -362,13 +362,13 @@ def test_at_rest_noisy_weights_vary_with_the_square_of_the_step():
 
 def test_clear_errors():
     with pytest.raises(ValueError, match="`num_particles` must exceed the dimension"):
-        sbtm(correlated(), NET, optax.sgd(1.0), num_particles=3)
-    with pytest.raises(ValueError, match="`max_stretch` must lie between 0 and 1"):
-        sbtm(correlated(), NET, optax.sgd(1.0), max_stretch=1.5)
-    with pytest.raises(ValueError, match="`tolerance` must be positive, got 0"):
-        sbtm(correlated(), NET, optax.sgd(1.0), tolerance=0.0)
+        transport(correlated(), NET, optax.sgd(1.0), num_particles=3)
+    with pytest.raises(ValueError, match=r"`max_stretch` must be a number above 0 and below 1, got 1\.5"):
+        transport(correlated(), NET, optax.sgd(1.0), max_stretch=1.5)
+    with pytest.raises(ValueError, match=r"`tolerance` must be a number above 0 .*got 0"):
+        transport(correlated(), NET, optax.sgd(1.0), tolerance=0.0)
     with pytest.raises(ValueError, match="`heun` asks for a flow"):
-        sbtm(correlated(), NET, optax.sgd(1.0), heun=True, noisy=True)
+        transport(correlated(), NET, optax.sgd(1.0), heun=True, noisy=True)
 
 
 # ------------------------------------------------------------------ maps that fold
@@ -379,7 +379,7 @@ LOWEST, HIGHEST = -0.25 / BEND, 0.75 / BEND  # from where the inverse leads back
 def folding(target):
     """The one map u ↦ u + BEND u² of N(0, 1): two points have one image, and none lies below LOWEST."""
     square = Net(lambda key, dim: jnp.zeros(0), lambda params, x: x**2)
-    algorithm = sbtm(target, square, optax.sgd(0.0), num_particles=8, num_maps=1, num_probes=8)
+    algorithm = transport(target, square, optax.sgd(0.0), num_particles=8, num_maps=1, num_probes=8)
     state = algorithm.init(jax.random.key(0))
     zero, eye = jnp.zeros((1, 1)), jnp.eye(1)[None]
     maps = Maps(jnp.zeros((1, 0)), zero, eye, eye, zero, 0.0 * eye, jnp.array([BEND]))

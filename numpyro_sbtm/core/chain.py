@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.algorithm import Draws
-from numpyro_sbtm.core.target import Key
+from numpyro_sbtm.core.target import Key, Keys
 from numpyro_sbtm.core.weights import clean, metropolis, resample
 
 __all__ = ["Chain", "ChainInfo", "ChainState", "Point", "independence_chain"]
@@ -80,7 +80,7 @@ class Chain(NamedTuple):
 
 def independence_chain(
     propose: Callable[[Key, int, Bool[Array, ""] | None], Draws],
-    move: Callable[[Key, Point, Bool[Array, ""] | None], Point] | None = None,
+    move: Callable[[Keys, Point, Bool[Array, ""] | None], Point] | None = None,
     *,
     steps_per_draw: int = 4,
     block_size: int = 4096,
@@ -137,7 +137,7 @@ def independence_chain(
         )
 
     def refilled(
-        keys: Key, state: ChainState, times: Int[Array, ""], fresh: Bool[Array, ""]
+        keys: Keys, state: ChainState, times: Int[Array, ""], fresh: Bool[Array, ""]
     ) -> tuple[Draws, Draws, Bool[Array, ""] | None]:
         """Make so many new blocks; return the last two, and whether proposals are chosen among several."""
         chains = state.point.log_weight.shape
@@ -160,7 +160,7 @@ def independence_chain(
         return block, last, several
 
     def step(
-        keys: Key, state: ChainState, restart: Bool[Array, ""] | bool = False, refill: Any = False
+        keys: Keys, state: ChainState, restart: Bool[Array, ""] | bool = False, refill: Any = False
     ) -> tuple[ChainState, ChainInfo]:
         chains = state.point.log_weight.shape
         over = jax.vmap if chains else _itself

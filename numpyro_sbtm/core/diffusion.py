@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned diffusions: train a process by a divergence, draw paths with exact weights."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.core.algorithm import Algorithm, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, log_variance, two_pass_gradient
+from numpyro_sbtm.core.net import Net
+from numpyro_sbtm.core.options import DiffusionOptions
 from numpyro_sbtm.core.path import Path, noise_path, reevaluate, simulate
-from numpyro_sbtm.core.process import Net, Process
+from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.smc import path_draws
 from numpyro_sbtm.core.target import Key, Params, Target
-from numpyro_sbtm.core.weights import clean, reachable, resample
+from numpyro_sbtm.core.weights import clean, log_variance_at, reachable, resample
 
 __all__ = ["DiffusionState", "check_options", "diffusion"]
 
@@ -83,33 +86,36 @@ class DiffusionState(NamedTuple):
     progress: Progress
 
 
-def check_options(
-    process: Process,
-    divergence: Divergence,
-    *,
-    num_paths: int,
-    num_times: int | None,
-    num_updates: int,
-    coarse_steps: int | None,
-    explores: bool,
-    trust_region: float | None,
-    buffer_size: int,
-) -> int:
+def check_options(process: Process, divergence: Divergence, options: DiffusionOptions) -> int:
     """Return how many steps training simulates; raise for what `diffusion` cannot do, see there.
 
     Nothing is computed, and of the process only its grid matters: neither its network nor its dimension.
 
     Raises:
-        ValueError: as `diffusion` does.
+        ValueError: for pairs of process and divergence that are unsound, for options that a divergence or a
+            process does not allow, and for sizes out of range.
     """
-    num_steps = process.num_steps
+    num_steps, num_times, coarse_steps = process.num_steps, options.num_times, options.coarse_steps
     num_simulated = num_steps if coarse_steps is None else coarse_steps
-    if num_paths < 2:
-        raise ValueError(f"`num_paths` must be at least 2 for a variance, got {num_paths}.")
     if not 1 <= num_simulated <= num_steps:
         raise ValueError(f"`coarse_steps` must be between 1 and {num_steps}, got {coarse_steps}.")
     if num_times is not None and not 1 <= num_times <= num_simulated:
         raise ValueError(f"`num_times` must be between 1 and {num_simulated}, got {num_times}.")
+    _check_soundness(process, divergence)
+    if coarse_steps is not None and (process.coarse is None or not divergence.any_grid):
+        who = "`process`" if process.coarse is None else "`divergence`"
+        raise ValueError(f"`coarse_steps` is {coarse_steps}, but {who} is tied to its grid. Pass None.")
+    _check_policy(divergence, options)
+    group = divergence.paths_per_start
+    if options.num_paths % group:
+        raise ValueError(
+            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {options.num_paths}."
+        )
+    return num_simulated
+
+
+def _check_soundness(process: Process, divergence: Divergence) -> None:
+    """Refuse pairs whose gradient is not that of what they are to lower."""
     if process.learns_reference and not divergence.any_reference:
         raise ValueError(
             "`divergence` is not sound for a `process` that learns the law of x_0 or the size of its noise: "
@@ -124,25 +130,27 @@ def check_options(
             "along the paths does not see that. Pass `look_ahead=False`, or take 'kl-log-derivative' or "
             "'log-variance'."
         )
-    if coarse_steps is not None and (process.coarse is None or not divergence.any_grid):
-        who = "`process`" if process.coarse is None else "`divergence`"
-        raise ValueError(f"`coarse_steps` is {coarse_steps}, but {who} is tied to its grid. Pass None.")
+
+
+def _check_policy(divergence: Divergence, options: DiffusionOptions) -> None:
+    """Refuse paths of other chains where a divergence needs those of the current one."""
+    num_times, num_updates = options.num_times, options.num_updates
     off_policy = divergence.detach and not divergence.on_policy
-    if explores and not off_policy:
+    if options.exploration and not off_policy:
         raise ValueError(
             "`exploration` draws paths from another chain, but `divergence` needs those of the current one. "
             "Log-variance and trajectory balance are valid for any paths."
         )
-    if buffer_size and not off_policy:
+    if options.buffer_size and not off_policy:
         raise ValueError(
-            f"`buffer_size` is {buffer_size}, but the buffer holds starts of backward paths, and "
+            f"`buffer_size` is {options.buffer_size}, but the buffer holds starts of backward paths, and "
             "`divergence` needs paths of the current forward chain. Pass 0, or take log-variance or "
             "trajectory balance."
         )
-    if trust_region is not None and not (trust_region > 0 and num_updates > 1):
+    if options.trust_region is not None and num_updates == 1:
         raise ValueError(
-            "`trust_region` must be positive and asks for several updates on one block, got "
-            f"{trust_region} with `num_updates` = {num_updates}."
+            "`trust_region` asks for several updates on one block, got "
+            f"{options.trust_region} with `num_updates` = 1."
         )
     if divergence.on_policy and num_updates != 1:
         raise ValueError(
@@ -154,13 +162,6 @@ def check_options(
             "`divergence` differentiates through the simulation, so that every update needs its own: "
             f"`num_updates` must be 1 and `num_times` None, got {num_updates} and {num_times}."
         )
-
-    group = divergence.paths_per_start
-    if num_paths % group:
-        raise ValueError(
-            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {num_paths}."
-        )
-    return num_simulated
 
 
 def _subset(key: Key, n: int, m: int) -> Int[Array, " m"]:
@@ -174,20 +175,9 @@ def diffusion(
     net: Net,
     divergence: Divergence,
     optimiser: optax.GradientTransformation,
+    options: DiffusionOptions = DiffusionOptions(),  # noqa: B008 - frozen
     *,
-    num_paths: int = 256,
-    num_times: int | None = None,
-    num_updates: int = 1,
-    average_decay: float = 0.99,
-    goal: float = 0.03,
-    patience: int | None = 100,
-    good_enough: float = 0.8,
     endpoints: Float[Array, "m d"] | None = None,
-    backward_share: float = 0.25,
-    buffer_size: int = 0,
-    coarse_steps: int | None = None,
-    exploration: optax.Schedule | None = None,
-    trust_region: float | None = None,
     smc_particles: int = 0,
 ) -> Algorithm:
     """Make the algorithm that trains a process by a divergence.
@@ -202,26 +192,10 @@ def diffusion(
         net: the network, for its ``init``.
         divergence: the loss. A detached one uses the two-pass gradient.
         optimiser: an optax optimiser.
-        num_paths: paths per step.
-        num_times: how many of the T times enter each gradient, drawn anew for each update; None for all.
-        num_updates: updates per step; more than one needs a detached divergence that is valid off policy.
-        average_decay: decay of the moving average of the parameters, per update; less in the first steps.
-        goal: training is finished once the variance of the log weights, on average over 50 steps, is below
-            this, whatever the divergence (see `log_variance_at`).
-        patience: or once it has not fallen by a twentieth in so many steps (None: never),
-        good_enough: provided that it is below this.
+        options: how it is trained.
         endpoints: points that resemble draws of the target, shape ``[m, d]``. A divergence that is valid off
             policy is then also taken over paths that the backward chain makes from them, so that training
             sees what the forward chain does not reach yet.
-        backward_share: share of such paths in a batch.
-        buffer_size: how many ends of earlier paths are kept, resampled by weight in every step, to take the
-            place of ``endpoints``, with which the buffer starts; 0: ``endpoints`` stay.
-        coarse_steps: training simulates on so many of the T steps, drawn anew for every step, and everything
-            else on all; None: on all. It needs a process that has `Process.coarse`.
-        exploration: ``step -> e``: training simulates with the noise of the forward chain 1 + e times as
-            large, where the divergence is valid off policy. None: 0.
-        trust_region: with several updates, they aim at the law between that of the block's own chain and
-            that of the target whose KL divergence from the former is this, in nats; None: at the target.
         smc_particles: paths behind each draw of `Algorithm.several` (see `path_ensemble`); none below two.
 
     Returns:
@@ -234,191 +208,250 @@ def diffusion(
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from numpyro_sbtm.core import Target, diffusion, dis, log_variance
+        >>> from numpyro_sbtm.core import DiffusionOptions, Target, diffusion, dis, log_variance
         >>> from numpyro_sbtm.networks import denoiser
         >>> target, net = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2), 2), denoiser(8)
-        >>> algorithm = diffusion(
-        ...     target, dis(net, 2, num_steps=8), net, log_variance(), optax.adam(1e-3), num_paths=16)
+        >>> process, options = dis(net, 2, num_steps=8), DiffusionOptions(num_paths=16)
+        >>> algorithm = diffusion(target, process, net, log_variance(), optax.adam(1e-3), options)
         >>> state, info = algorithm.step(jax.random.key(1), algorithm.init(jax.random.key(0)))
         >>> algorithm.proposal.draw(jax.random.key(2), algorithm.parameters(state), 5).x.shape
         (5, 2)
     """
-    num_steps = process.num_steps
-    num_simulated = check_options(
-        process,
-        divergence,
-        num_paths=num_paths,
-        num_times=num_times,
-        num_updates=num_updates,
-        coarse_steps=coarse_steps,
-        explores=exploration is not None,
-        trust_region=trust_region,
-        buffer_size=buffer_size,
+    num_simulated = check_options(process, divergence, options)
+    if options.buffer_size:
+        blank = jnp.full((options.buffer_size, target.dim), jnp.nan)  # forward paths take such places
+        endpoints = blank if endpoints is None else jnp.resize(endpoints, blank.shape)
+    training = _Training(target, process, net, divergence, optimiser, options, endpoints, num_simulated)
+    return Algorithm(
+        training.init, training.step, training.parameters, *path_draws(process, target, smc_particles)
     )
-    group = divergence.paths_per_start
-    extra_optimiser = optax.adam(divergence.extra_rate)
 
-    def spread(paths: Path) -> Float[Array, ""]:
-        """The variance of the log weights, boundless where most are not finite: of none it would be zero."""
-        usable = jnp.mean(jnp.isfinite(paths.log_weight), dtype=paths.log_weight.dtype)
-        return jnp.where(usable > 0.5, log_variance().value(paths), jnp.inf)
 
-    kept = None
-    if buffer_size:
-        blank = jnp.full((buffer_size, target.dim), jnp.nan)  # forward paths take the place of such ends
-        kept = blank if endpoints is None else jnp.resize(endpoints, (buffer_size, target.dim))
-    have_ends = kept is not None or endpoints is not None
-    num_backward = int(backward_share * num_paths) if have_ends and not divergence.on_policy else 0
-    num_forward = num_paths - num_backward
+def _spread(paths: Path) -> Float[Array, ""]:
+    """Compute the variance of the log weights, boundless where most are not finite: of none it would be 0."""
+    usable = jnp.mean(jnp.isfinite(paths.log_weight), dtype=paths.log_weight.dtype)
+    return jnp.where(usable > 0.5, log_variance().value(paths), jnp.inf)
 
-    def grid(key: Key) -> Process:
-        """The process of one step: on its own grid, or on some points of it."""
-        if coarse_steps is None:
-            return process
-        assert process.coarse is not None
-        inner = _subset(key, num_steps - 1, coarse_steps - 1) + 1
-        return process.coarse(jnp.concatenate([jnp.array([0]), jnp.sort(inner), jnp.array([num_steps])]))
 
-    def backward_points(here: Process, state: DiffusionState, key: Key) -> Float[Array, "b T1 d"]:
-        pool = endpoints if kept is None else state.buffer
-        assert pool is not None
-        # evenly spaced, others in the next step: neighbours may descend from one another
-        ends = pool[(state.step + jnp.arange(num_backward) * len(pool) // num_backward) % len(pool)]
-        return jax.vmap(lambda k, x: noise_path(here, state.params, target, k, x))(
-            jax.random.split(key, num_backward), ends
-        )
+class _Updated(NamedTuple):
+    """What an update changes."""
 
-    def batch(
-        here: Process,
-        params: Params,
-        key: Key,
-        detach: bool,
-        given: Float[Array, "n T1 d"] | None = None,
-        widen: Float[Array, ""] | None = None,
-    ) -> Path:
-        def one(key: Key, xs: Float[Array, "T1 d"] | None) -> Path:
-            return simulate(here, params, target, key, detach=detach, given=xs, widen=widen)
+    params: Params
+    average: Params
+    opt_state: optax.OptState
 
-        return jax.vmap(one, in_axes=(0, None if given is None else 0))(
-            jax.random.split(key, num_paths), given
-        )
 
-    def detached_batch(here: Process, state: DiffusionState, key_paths: Key, key_back: Key) -> Path:
-        """Paths that are constants: free ones, groups from one start, some through backward points."""
-        given = jnp.full((num_paths, num_simulated + 1, target.dim), jnp.nan)
-        if group > 1:
-            key_start, key_paths = jax.random.split(key_paths)
-            start = here.init(state.params)
-            first = jax.vmap(start.sample)(jax.random.split(key_start, num_paths // group))
-            given = given.at[:, 0].set(jnp.repeat(first, group, 0))
-        if num_backward:
-            given = given.at[-num_backward:].set(backward_points(here, state, key_back))
-        widen = None if exploration is None else 1.0 + jnp.asarray(exploration(state.step))
-        return batch(here, state.params, key_paths, True, given if group > 1 or num_backward else None, widen)
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """The steps of `diffusion`."""
 
-    def refreshed(key: Key, state: DiffusionState, paths: Path) -> Float[Array, "m d"] | None:
-        """The buffer with ends of the forward paths, resampled by weight, in its oldest places."""
-        if kept is None:
-            return None
-        assert state.buffer is not None
-        ends, log_weight = paths.xs[:num_forward, -1], clean(paths.log_weight[:num_forward])
-        ends = ends[resample(key, log_weight, num_forward)]
-        ends = jnp.where(jnp.any(jnp.isfinite(log_weight)), ends, jnp.nan)
-        places = (state.step * num_forward + jnp.arange(num_forward)) % buffer_size
-        return state.buffer.at[places].set(ends.astype(state.buffer.dtype))
+    target: Target
+    process: Process
+    net: Net
+    divergence: Divergence
+    optimiser: optax.GradientTransformation
+    options: DiffusionOptions
+    endpoints: Float[Array, "m d"] | None
+    num_simulated: int
 
-    def aim(paths: Path) -> Path:
-        """Aim at the path law in the trust region instead of the target's."""
-        if trust_region is None:
-            return paths
-        return paths.tempered(reachable(paths.log_weight[:num_forward], trust_region))
+    @property
+    def extra_optimiser(self) -> optax.GradientTransformation:
+        """What trains the divergence's own parameters."""
+        return optax.adam(self.divergence.extra_rate)
 
-    def init(key: Key) -> DiffusionState:
+    @property
+    def num_backward(self) -> int:
+        """Paths of a batch that the backward chain makes."""
+        may = self.endpoints is not None and not self.divergence.on_policy
+        return int(self.options.backward_share * self.options.num_paths) if may else 0
+
+    def init(self, key: Key) -> DiffusionState:
         zero, far = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf)
         extra = None
-        if divergence.extra is not None:
+        if self.divergence.extra is not None:
             key, key_extra = jax.random.split(key)
-            extra = divergence.extra(key_extra, target.dim)
-        params = net.init(key, target.dim)
-        extra_opt_state = extra_optimiser.init(extra)
+            extra = self.divergence.extra(key_extra, self.target.dim)
+        params = self.net.init(key, self.target.dim)
         return DiffusionState(
             step=zero,
             params=params,
             average=params,
             start=params,
-            opt_state=optimiser.init(params),
+            opt_state=self.optimiser.init(params),
             extra=extra,
-            extra_opt_state=extra_opt_state,
-            buffer=kept,
+            extra_opt_state=self.extra_optimiser.init(extra),
+            buffer=self.endpoints if self.options.buffer_size else None,
             progress=Progress(recent=far, first=far, best=far, stale=zero),
         )
 
-    def update(carry, gradient, step):  # type: ignore[no-untyped-def]
-        params, average, opt_state = carry
-        params, opt_state, skipped = guarded_update(optimiser, gradient, opt_state, params)
+    # ------------------------------------------------------------------ paths
+    def grid(self, key: Key) -> Process:
+        """Make the process of one step: on its own grid, or on some points of it."""
+        process, coarse_steps = self.process, self.options.coarse_steps
+        if coarse_steps is None:
+            return process
+        assert process.coarse is not None
+        last = process.num_steps
+        inner = _subset(key, last - 1, coarse_steps - 1) + 1
+        return process.coarse(jnp.concatenate([jnp.array([0]), jnp.sort(inner), jnp.array([last])]))
+
+    def backward_points(self, process: Process, state: DiffusionState, key: Key) -> Float[Array, "b T1 d"]:
+        """Make paths by the backward chain from what resembles draws."""
+        pool, num = self.endpoints if state.buffer is None else state.buffer, self.num_backward
+        assert pool is not None
+        # evenly spaced, others in the next step: neighbours may descend from one another
+        ends = pool[(state.step + jnp.arange(num) * len(pool) // num) % len(pool)]
+        back = lambda k, x: noise_path(process, state.params, self.target, k, x)  # noqa: E731
+        return jax.vmap(back)(jax.random.split(key, num), ends)
+
+    def batch(
+        self,
+        process: Process,
+        params: Params,
+        key: Key,
+        given: Float[Array, "n T1 d"] | None = None,
+        widen: Float[Array, ""] | None = None,
+    ) -> Path:
+        """Simulate paths, through points where these are given."""
+
+        def path(key: Key, xs: Float[Array, "T1 d"] | None) -> Path:
+            detach = self.divergence.detach
+            return simulate(process, params, self.target, key, detach=detach, given=xs, widen=widen)
+
+        keys = jax.random.split(key, self.options.num_paths)
+        return jax.vmap(path, in_axes=(0, None if given is None else 0))(keys, given)
+
+    def detached_batch(self, process: Process, state: DiffusionState, key_paths: Key, key_back: Key) -> Path:
+        """Simulate paths as constants: free ones, groups from one start, some through backward points."""
+        num, group = self.options.num_paths, self.divergence.paths_per_start
+        given = jnp.full((num, self.num_simulated + 1, self.target.dim), jnp.nan)
+        if group > 1:
+            key_start, key_paths = jax.random.split(key_paths)
+            start = process.init(state.params)
+            first = jax.vmap(start.sample)(jax.random.split(key_start, num // group))
+            given = given.at[:, 0].set(jnp.repeat(first, group, 0))
+        if self.num_backward:
+            given = given.at[-self.num_backward :].set(self.backward_points(process, state, key_back))
+        some = group > 1 or self.num_backward
+        return self.batch(
+            process, state.params, key_paths, given if some else None, self.widening(state.step)
+        )
+
+    def widening(self, step: Int[Array, ""]) -> Float[Array, ""] | None:
+        """Compute the factor of the noise with which training explores."""
+        exploration, num_steps = self.options.exploration, self.options.exploration_steps
+        if not exploration:
+            return None
+        if num_steps is None:
+            return 1.0 + jnp.asarray(exploration)
+        return 1.0 + jnp.asarray(optax.linear_schedule(exploration, 0.0, num_steps)(step))
+
+    def refreshed(self, key: Key, state: DiffusionState, paths: Path) -> Float[Array, "m d"] | None:
+        """Put ends of the forward paths, resampled by weight, in the oldest places of the buffer."""
+        if state.buffer is None:
+            return None
+        num = self.options.num_paths - self.num_backward
+        ends, log_weight = paths.xs[:num, -1], clean(paths.log_weight[:num])
+        ends = ends[resample(key, log_weight, num)]
+        ends = jnp.where(jnp.any(jnp.isfinite(log_weight)), ends, jnp.nan)
+        places = (state.step * num + jnp.arange(num)) % self.options.buffer_size
+        return state.buffer.at[places].set(ends.astype(state.buffer.dtype))
+
+    def aimed(self, paths: Path) -> Path:
+        """Aim at the path law in the trust region instead of the target's."""
+        if self.options.trust_region is None:
+            return paths
+        num = self.options.num_paths - self.num_backward
+        return paths.tempered(reachable(paths.log_weight[:num], self.options.trust_region))
+
+    # ------------------------------------------------------------------ a step
+    def update(
+        self, before: _Updated, gradient: Params, step: Int[Array, ""]
+    ) -> tuple[_Updated, Bool[Array, ""]]:
+        """Make one update; say whether it was skipped."""
+        params, opt_state, skipped = guarded_update(self.optimiser, gradient, before.opt_state, before.params)
         # the window grows with the steps done: a short training must not average with its start
-        decay = jnp.minimum(average_decay, (1.0 + step) / (10.0 + step))
-        average = optax.incremental_update(params, average, 1.0 - decay)
-        return (params, average, opt_state), skipped
+        decay = jnp.minimum(self.options.average_decay, (1.0 + step) / (10.0 + step))
+        average = optax.incremental_update(params, before.average, 1.0 - decay)
+        return _Updated(params, average, opt_state), skipped
 
-    def step(key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
-        keys = jax.random.split(key, 4 + num_updates)
+    def detached_updates(
+        self, keys: Key, process: Process, state: DiffusionState, paths: Path
+    ) -> tuple[_Updated, Float[Array, ""], Int[Array, ""]]:
+        """Update on one block of paths, once for every key; with the first loss, and updates skipped."""
+        num_times, num_simulated = self.options.num_times, self.num_simulated
+        aimed = self.aimed(paths)
+
+        def once(now: _Updated, key: Key) -> tuple[_Updated, tuple[Float[Array, ""], Bool[Array, ""]]]:
+            times = None if num_times in (None, num_simulated) else _subset(key, num_simulated, num_times)
+            block = aimed
+            if self.options.num_updates > 1:
+                block = jax.vmap(lambda path: reevaluate(process, now.params, path))(aimed)
+            loss, gradient = two_pass_gradient(
+                self.divergence, process, now.params, block, times, state.extra
+            )
+            now, skipped = self.update(now, gradient, state.step)
+            return now, (loss, skipped)
+
+        before = _Updated(state.params, state.average, state.opt_state)
+        after, (losses, skips) = jax.lax.scan(once, before, keys)
+        return after, losses[0], jnp.sum(skips, dtype=jnp.int32)
+
+    def update_through(
+        self, key: Key, process: Process, state: DiffusionState
+    ) -> tuple[_Updated, Float[Array, ""], Int[Array, ""], Path]:
+        """Update by the gradient through the simulation; with the loss, updates skipped and the paths."""
+
+        def value(params: Params) -> tuple[Float[Array, ""], Path]:
+            paths = self.batch(process, params, key)
+            return self.divergence.value(paths), paths
+
+        (loss, paths), gradient = jax.value_and_grad(value, has_aux=True)(state.params)
+        before = _Updated(state.params, state.average, state.opt_state)
+        after, skipped = self.update(before, gradient, state.step)
+        return after, loss, skipped.astype(jnp.int32), paths
+
+    def step(self, key: Key, state: DiffusionState) -> tuple[DiffusionState, Info]:
+        options, divergence = self.options, self.divergence
+        keys = jax.random.split(key, 4 + options.num_updates)
         key_grid, key_paths, key_back, key_buffer = keys[:4]
-        here, buffer = grid(key_grid), state.buffer
-        carry = state.params, state.average, state.opt_state
-        extra, extra_opt_state = state.extra, state.extra_opt_state
+        process = self.grid(key_grid)
+        extra, extra_opt_state, buffer = state.extra, state.extra_opt_state, state.buffer
         if divergence.detach:
-            paths = detached_batch(here, state, key_paths, key_back)
-            buffer = refreshed(key_buffer, state, paths)
-            aimed = aim(paths)
-
-            def one(carry, key_k):  # type: ignore[no-untyped-def]
-                times = None
-                if num_times not in (None, num_simulated):
-                    times = _subset(key_k, num_simulated, num_times)
-                now = aimed
-                if num_updates > 1:
-                    now = jax.vmap(lambda path: reevaluate(here, carry[0], path))(aimed)
-                loss, gradient = two_pass_gradient(divergence, here, carry[0], now, times, extra)
-                carry, skipped = update(carry, gradient, state.step)
-                return carry, (loss, skipped)
-
-            carry, (losses, skips) = jax.lax.scan(one, carry, keys[4:])
-            loss, skipped = losses[0], jnp.sum(skips, dtype=jnp.int32)
+            paths = self.detached_batch(process, state, key_paths, key_back)
+            buffer = self.refreshed(key_buffer, state, paths)
+            after, loss, skipped = self.detached_updates(keys[4:], process, state, paths)
             if extra is not None:
                 slope = jax.grad(lambda extra: divergence.value(paths, extra))(extra)
-                extra, extra_opt_state, _ = guarded_update(extra_optimiser, slope, extra_opt_state, extra)
+                extra, extra_opt_state, _ = guarded_update(
+                    self.extra_optimiser, slope, extra_opt_state, extra
+                )
         else:
-
-            def through(params: Params) -> tuple[Float[Array, ""], Path]:
-                paths = batch(here, params, key_paths, False)
-                return divergence.value(paths), paths
-
-            (loss, paths), gradient = jax.value_and_grad(through, has_aux=True)(state.params)
-            carry, skip = update(carry, gradient, state.step)
-            skipped = skip.astype(jnp.int32)
-        calls = 1 if process.look is None else 2
-        gradients = jnp.asarray(num_paths * (num_simulated + 1) * calls, jnp.int32)
-        progress = state.progress.after(state.step, spread(paths))
-        recent = progress.recent
-        finished = recent < goal
-        if patience is not None:
-            finished |= (progress.stale > patience) & (recent < good_enough)
-        params, average, opt_state = carry
+            after, loss, skipped, paths = self.update_through(key_paths, process, state)
+        calls = 1 if process.look_ahead is None else 2
+        gradients = jnp.asarray(options.num_paths * (self.num_simulated + 1) * calls, jnp.int32)
+        progress = state.progress.after(state.step, _spread(paths))
         new = state._replace(
             step=state.step + 1,
-            params=params,
-            average=average,
-            opt_state=opt_state,
             extra=extra,
             extra_opt_state=extra_opt_state,
             buffer=buffer,
             progress=progress,
+            **after._asdict(),
         )
-        return new, Info(loss, skipped, gradients, finished & (state.step >= _MIN_STEPS))
+        finished = self.finished(progress) & (state.step >= _MIN_STEPS)
+        return new, Info(loss, skipped, gradients, finished)
 
-    def parameters(state: DiffusionState) -> Params:
+    def finished(self, progress: Progress) -> Bool[Array, ""]:
+        """Say whether the log weights vary as little as they should, or vary no less than long before."""
+        acceptance, patience = self.options.target_acceptance, self.options.patience
+        # log weights never vary by less than nothing
+        finished = progress.recent < (0.0 if acceptance is None else log_variance_at(acceptance))
+        if patience is not None:
+            finished |= (progress.stale > patience) & (progress.recent < self.options.good_enough)
+        return finished
+
+    def parameters(self, state: DiffusionState) -> Params:
+        """Take the averaged parameters, or those of the start should training have undone them."""
         undone = state.progress.undone()
         return jax.tree.map(lambda a, b: jnp.where(undone, a, b), state.start, state.average)
-
-    return Algorithm(init, step, parameters, *path_draws(process, target, smc_particles))

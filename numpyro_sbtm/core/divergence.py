@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.net import Net
 from numpyro_sbtm.core.path import Path, log_kernels
-from numpyro_sbtm.core.process import Net, Process
+from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.target import Key, Params
 
 __all__ = [
@@ -227,7 +228,7 @@ def sub_trajectory_log_variance(
     if not 1 <= num_segments <= num_steps:
         raise ValueError(f"`num_segments` must be between 1 and {num_steps}, got {num_segments}.")
     bounds = np.round(np.linspace(0, num_steps, num_segments + 1)).astype(int)
-    share = process.share[bounds[1:-1]]
+    share = process.signal[bounds[1:-1]]
     log_snr = np.log(share) - np.log1p(-share)
 
     def value(paths: Path, extra: Params) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.mixture import Mixture
-from numpyro_sbtm.core.process import Process
+from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
 from numpyro_sbtm.core.transition import Transition
 
@@ -79,7 +79,7 @@ def observe(
         >>> scores.shape
         (2, 1)
     """
-    look = process.look
+    look = process.look_ahead
     if look is None:
         return value_and_score(target, x)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Draws, Proposal
 from numpyro_sbtm.core.path import evaluate, log_kernels, noise_path, observe, simulate
-from numpyro_sbtm.core.process import Process
+from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.target import Key, Params, Target, after
 from numpyro_sbtm.core.weights import clean, ess_fraction, resample
 
@@ -49,11 +49,12 @@ def independent_ensemble(proposal: Proposal, num_particles: int) -> Proposal:
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from numpyro_sbtm.core import Target, sbtm
+        >>> from numpyro_sbtm.core import Target, TransportOptions, sbtm
         >>> from numpyro_sbtm.core.smc import independent_ensemble
         >>> from numpyro_sbtm.networks import score_mlp
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2), 2)
-        >>> one = sbtm(target, score_mlp(8), optax.adam(1e-3), num_particles=64, num_maps=4)
+        >>> options = TransportOptions(num_particles=64, num_maps=4)
+        >>> one = sbtm(target, score_mlp(8), optax.adam(1e-3), options)
         >>> maps = one.parameters(one.init(jax.random.key(0)))
         >>> many = independent_ensemble(one.proposal, 16).draw(jax.random.key(1), maps, 100).log_weight
         >>> bool(many.std() < one.proposal.draw(jax.random.key(1), maps, 100).log_weight.std())
@@ -123,7 +124,7 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
         last = jnp.asarray(num_steps, jnp.int32)
         twist = jnp.clip(value - process.marginal(last, x), -_LARGEST_TWIST, _LARGEST_TWIST)
         twist = jnp.where(jnp.isnan(twist), -_LARGEST_TWIST, twist)
-        share = jnp.asarray(process.share, x.dtype)[k]
+        share = jnp.asarray(process.signal, x.dtype)[k]
         return jnp.where(k == num_steps, value, process.marginal(k, x) + share**power * twist)
 
     def run(key: Key, params: Params, kept: Float[Array, "T1 d"] | None):  # type: ignore[no-untyped-def]

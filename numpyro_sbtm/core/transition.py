@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["Gaussian", "Transition", "standard_normal"]
+__all__ = ["Gaussian", "Pinned", "Transition", "standard_normal"]
 
 
 @runtime_checkable
@@ -65,6 +65,40 @@ class Gaussian(NamedTuple):
     def widened(self, factor: Float[Array, ""]) -> "Gaussian":
         """Multiply the standard deviations."""
         return self._replace(std=factor * self.std)
+
+
+class Pinned(NamedTuple):
+    """A normal distribution whose coordinates of standard deviation zero are points, with density one.
+
+    Attributes:
+        mean: shape ``[d]``.
+        std: zero or more, shape ``[d]``.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core.transition import Pinned
+        >>> point = Pinned(jnp.ones(2), jnp.zeros(2))
+        >>> point.sample(jax.random.key(0)).tolist(), float(abs(point.log_prob(jnp.ones(2))))
+        ([1.0, 1.0], 0.0)
+    """
+
+    mean: Float[Array, " d"]
+    std: Float[Array, " d"]
+
+    def widened(self, factor: Float[Array, ""]) -> "Pinned":
+        """Multiply the standard deviations."""
+        return self._replace(std=factor * self.std)
+
+    def sample(self, key: Key) -> Float[Array, " d"]:
+        """Draw one point."""
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def log_prob(self, y: Float[Array, " d"]) -> Float[Array, ""]:
+        """Evaluate the log density of the coordinates that are not points."""
+        free = self.std > 0
+        std = jnp.where(free, self.std, 1.0)
+        z = (y - self.mean) / std
+        return -jnp.sum(jnp.where(free, 0.5 * z * z + jnp.log(std) + 0.5 * jnp.log(2 * jnp.pi), 0.0))
 
 
 def standard_normal(dim: int, scale: float = 1.0) -> Gaussian:

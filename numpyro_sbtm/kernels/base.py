@@ -26,7 +26,6 @@ from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.local import LocalMove, local_move
 from numpyro_sbtm.core.maps import Map
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.core.weights import log_variance_at
 from numpyro_sbtm.kernels.fingerprint import Fingerprint, fingerprint
 from numpyro_sbtm.kernels.periodic import wrap
 from numpyro_sbtm.kernels.problem import Problem, from_model, from_potential, guide_moments, logdensity
@@ -220,9 +219,6 @@ class LearnedKernel(MCMCKernel):
         _check_precondition(precondition, model is not None)
         self._model = model
         self._potential_fn = potential_fn
-        # log weights never vary by less than nothing
-        acceptance = training.target_acceptance
-        self._goal = 0.0 if acceptance is None else log_variance_at(acceptance)
         self._precondition = precondition
         self._search = group_of("search", Search, search)
         self._always_train = training.always

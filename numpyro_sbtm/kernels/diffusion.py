@@ -2,6 +2,7 @@
 """Kernels of learned diffusions: the choice of process, divergence, network and optimiser."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,19 +14,6 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_sbtm.checks import function, names_unknown_options, one_of, shown
 from numpyro_sbtm.core.algorithm import Algorithm
-from numpyro_sbtm.core.controlled import (
-    bridge,
-    cmcd,
-    dds,
-    dis_control,
-    learned_reference,
-    pair,
-    pis,
-    rescaled,
-)
-from numpyro_sbtm.core.controlled import (
-    located as with_place,
-)
 from numpyro_sbtm.core.diffusion import check_options, diffusion
 from numpyro_sbtm.core.divergence import (
     Divergence,
@@ -36,7 +24,16 @@ from numpyro_sbtm.core.divergence import (
     trajectory_balance,
 )
 from numpyro_sbtm.core.mixture import Mixture, moments, normal
-from numpyro_sbtm.core.process import Net, Process, dis
+from numpyro_sbtm.core.net import Net, pair
+from numpyro_sbtm.core.net import with_place as with_place
+from numpyro_sbtm.core.processes.base import Process
+from numpyro_sbtm.core.processes.bridge import bridge
+from numpyro_sbtm.core.processes.cmcd import cmcd
+from numpyro_sbtm.core.processes.dds import dds
+from numpyro_sbtm.core.processes.dis import dis
+from numpyro_sbtm.core.processes.dis_control import dis_control
+from numpyro_sbtm.core.processes.moved import learned_reference, rescaled
+from numpyro_sbtm.core.processes.pis import pis
 from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.kernels.base import OPTIONS, LearnedKernel, checked_optimizer
 from numpyro_sbtm.networks import denoiser, potential
@@ -196,27 +193,21 @@ class DiffusionKernel(LearnedKernel):
             raise TypeError(f"`network` must make a `Net`, got {shown(net)}. Pass `denoiser`, or its like.")
         process = self._make_process(_NO_NET, 1, normal(1))
         divergence = self._make_divergence(process)
-        options = self._options(process, divergence)
         try:
-            check_options(process, divergence, **options, explores=self._training.exploration > 0)
+            check_options(process, divergence, self._options(process, divergence))
         except ValueError as error:
             chosen = f"With `process` = {shown(self._process)} and `divergence` = {shown(self._divergence)}: "
             raise ValueError(chosen + str(error)) from None
 
-    def _options(self, process: Process, divergence: Divergence) -> dict[str, Any]:
-        """Return those options of `diffusion` that have to go together."""
-        training, num_steps = self._training, process.num_steps
+    def _options(self, process: Process, divergence: Divergence) -> DiffusionTraining:
+        """Return the options, as far as this process and this divergence can take them."""
+        training = self._training
         may = process.coarse is not None and divergence.any_grid
         coarse_steps = training.coarse_steps if may else None
-        num_times = min(training.num_times, coarse_steps or num_steps)
-        return {
-            "num_paths": training.num_paths,
-            "num_times": num_times if divergence.detach else None,
-            "num_updates": training.num_updates,
-            "coarse_steps": coarse_steps,
-            "trust_region": training.trust_region,
-            "buffer_size": training.buffer_size,
-        }
+        num_times = min(training.num_times or process.num_steps, coarse_steps or process.num_steps)
+        return replace(
+            training, coarse_steps=coarse_steps, num_times=num_times if divergence.detach else None
+        )
 
     @property
     def evaluations_per_step(self) -> int:
@@ -230,12 +221,12 @@ class DiffusionKernel(LearnedKernel):
         """
         process = self._make_process(_NO_NET, 1, normal(1))
         options = self._options(process, self._make_divergence(process))
-        simulated = options["coarse_steps"] or process.num_steps
+        simulated = options.coarse_steps or process.num_steps
         points = simulated  # of a path, differentiated at once where paths are not constants
-        if options["num_times"] is not None:
-            points += options["num_updates"] * options["num_times"]
-            if options["num_updates"] > 1:
-                points += options["num_updates"] * simulated  # each update evaluates the block anew
+        if options.num_times is not None:
+            points += options.num_updates * options.num_times
+            if options.num_updates > 1:
+                points += options.num_updates * simulated  # each update evaluates the block anew
         passes = PROCESSES[self._process].passes if isinstance(self._process, str) else 1
         return self._training.num_paths * points * passes
 
@@ -280,19 +271,16 @@ class DiffusionKernel(LearnedKernel):
         net = self._make_net(reference)
         process = self._make_process(net, target.dim, reference)
         divergence = self._make_divergence(process)
-        explore = None
-        if training.exploration:
-            explore = optax.linear_schedule(training.exploration, 0.0, max(num_warmup // 2, 1))
+        options = self._options(process, divergence)
+        if options.exploration_steps is None:
+            options = replace(options, exploration_steps=max(num_warmup // 2, 1))
         return diffusion(
             target,
             process,
             net,
             divergence,
             _optimizer(self._optimizer, training.learning_rate, num_warmup),
-            **self._options(process, divergence),
-            exploration=explore,
-            goal=self._goal,
-            patience=training.patience,
+            options,
             endpoints=located.points,
             smc_particles=self._correction.num_particles,
         )

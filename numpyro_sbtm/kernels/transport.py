@@ -12,10 +12,10 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_sbtm.checks import function, names_unknown_options, one_of, shown
 from numpyro_sbtm.core.algorithm import Algorithm
-from numpyro_sbtm.core.anneal import Annealing, convolution, dilation, geometric, tempering
-from numpyro_sbtm.core.process import Net
-from numpyro_sbtm.core.sbtm import sbtm
+from numpyro_sbtm.core.net import Net
 from numpyro_sbtm.core.target import LogDensity, Target
+from numpyro_sbtm.core.transport.annealing import Annealing, convolution, dilation, geometric, tempering
+from numpyro_sbtm.core.transport.sbtm import check_transport, sbtm
 from numpyro_sbtm.kernels.base import OPTIONS, LearnedKernel, checked_optimizer
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.options import Correction, Search, TransportTraining, group_of
@@ -31,8 +31,6 @@ ANNEALINGS: dict[str, Callable[[], Annealing]] = {
     "tempering": tempering,
 }
 """Annealing by name."""
-
-_MAX_FLOW_DIM = 32  # a draw of a flow costs as many Jacobian-vector products as there are dimensions
 
 
 class SBTMKernel(LearnedKernel):
@@ -125,26 +123,11 @@ class SBTMKernel(LearnedKernel):
                 "Pass one of them."
             )
 
-    def _is_noisy(self, dim: int) -> bool:
-        noisy = self._training.noisy
-        return dim > _MAX_FLOW_DIM if noisy is None else noisy
-
     def _check_posterior(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
-        dim, num_particles = len(x), self._training.num_particles
-        if num_particles < dim + 2:
-            raise ValueError(
-                f"`num_particles` must exceed the dimension {dim} by two or more for a regular covariance, "
-                f"got {num_particles}."
-            )
-        if self._annealing is not None and self._is_noisy(dim):
-            raise ValueError(
-                f"`annealing` is {shown(self._annealing)} and asks for a flow, but in {dim} dimensions "
-                f"proposals are noisy by default, above {_MAX_FLOW_DIM}. Pass `noisy=False`, or no annealing."
-            )
+        check_transport(self._training, len(x), self._annealing)
 
     def _algorithm(self, target: Target, located: Located, num_warmup: int) -> Algorithm:
         training, annealing = self._training, self._annealing
-        num_maps = min(training.num_maps, num_warmup)
         # where the search had to look for the posterior's shape, or found it, it is not made wider
         plain = len(located.reference.log_weight) == 1 and getattr(located.whitening, "margins", None) is None
         scale = jnp.where(located.near_exact(), 1.0, training.scale) if plain else 1.0
@@ -157,17 +140,9 @@ class SBTMKernel(LearnedKernel):
             target,
             self._network if isinstance(self._network, Net) else self._network(),
             optimizer,
-            num_maps=num_maps,
-            steps_per_map=num_warmup // num_maps,
-            duration=training.duration,
-            tolerance=training.tolerance,
+            training,
             base=located.reference._replace(std=scale * located.reference.std),
-            noisy=self._is_noisy(target.dim),
-            goal=self._goal,
-            smc_particles=self._correction.num_particles,
             annealing=ANNEALINGS[annealing]() if isinstance(annealing, str) else annealing,
-            num_particles=training.num_particles,
-            num_updates=training.num_updates,
-            batch_size=training.batch_size,
-            solved_output=training.solved_output,
+            num_steps=num_warmup,
+            smc_particles=self._correction.num_particles,
         )

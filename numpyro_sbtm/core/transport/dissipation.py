@@ -63,7 +63,7 @@ def dissipation(
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.core.dissipation import dissipation
+        >>> from numpyro_sbtm.core.transport.dissipation import dissipation
         >>> x = jax.random.normal(jax.random.key(0), (100_000, 2))  # score -x; target N(0, I/2): v = -x
         >>> found = dissipation(-x, jnp.full(100_000, -2.0), -2.0 * x)
         >>> round(float(found.fisher), 1), round(float(found.dissipation), 1), bool(found.trusted())

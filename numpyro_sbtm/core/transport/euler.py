@@ -25,7 +25,7 @@ def log_abs_det(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.transport import log_abs_det
+        >>> from numpyro_sbtm.core.transport.euler import log_abs_det
         >>> round(float(log_abs_det(jnp.array([[1.5, 0.2], [0.1, 0.8]]))), 4)
         0.1655
     """
@@ -45,7 +45,7 @@ def spectral_norm(matrix: Float[Array, "d d"], num_iterations: int = 12) -> Floa
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.transport import spectral_norm
+        >>> from numpyro_sbtm.core.transport.euler import spectral_norm
         >>> round(float(spectral_norm(jnp.diag(jnp.array([3.0, -4.0])))), 2)
         4.0
     """
@@ -78,7 +78,7 @@ def euler_map(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.transport import euler_map
+        >>> from numpyro_sbtm.core.transport.euler import euler_map
         >>> x, log_det, stretch = euler_map(lambda x: -x, jnp.array(0.5), jnp.ones(2))
         >>> x.tolist(), round(float(log_det), 4), round(float(stretch), 4)  # 2 log(1/2)
         ([0.5, 0.5], -1.3863, 0.5)

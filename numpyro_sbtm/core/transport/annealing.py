@@ -30,7 +30,7 @@ class Annealing(NamedTuple):
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.anneal import geometric
+        >>> from numpyro_sbtm.core.transport.annealing import geometric
         >>> from numpyro_sbtm.core.target import Target
         >>> from numpyro_sbtm.core.transition import standard_normal
         >>> target = Target(lambda x: -jnp.sum((x - 3) ** 2), 1)
@@ -98,7 +98,7 @@ def dilation(first: float = 0.2, hold: float = 0.25) -> Annealing:
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_sbtm.core.anneal import dilation
+        >>> from numpyro_sbtm.core.transport.annealing import dilation
         >>> from numpyro_sbtm.core.target import Target
         >>> from numpyro_sbtm.core.transition import standard_normal
         >>> half = dilation().at(Target(lambda x: -0.5 * jnp.sum(x**2), 1), standard_normal(1), 0.5)
@@ -136,7 +136,7 @@ def convolution(num_points: int = 16, first: float = 0.2, hold: float = 0.25) ->
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.anneal import convolution
+        >>> from numpyro_sbtm.core.transport.annealing import convolution
         >>> from numpyro_sbtm.core.target import Target
         >>> from numpyro_sbtm.core.transition import standard_normal
         >>> normal = Target(lambda x: -0.5 * jnp.sum(x**2), 1)  # is its own noising
@@ -200,7 +200,7 @@ def conditional_ess(log_weight: Float[Array, " n"], log_ratio: Float[Array, " n"
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.anneal import conditional_ess
+        >>> from numpyro_sbtm.core.transport.annealing import conditional_ess
         >>> round(float(conditional_ess(jnp.zeros(2), jnp.array([0.0, -jnp.inf]))), 4)
         0.5
     """
@@ -230,7 +230,7 @@ def next_level(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.anneal import next_level
+        >>> from numpyro_sbtm.core.transport.annealing import next_level
         >>> points = jnp.linspace(-2.0, 2.0, 101)
         >>> zero = jnp.zeros(101)
         >>> float(next_level(jnp.array(0.2), zero, zero, 0.9))  # the target is the first law

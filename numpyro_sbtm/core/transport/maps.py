@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transport leaves behind: a stack of maps, followed exactly, or with noise and without determinants."""
+"""What transport leaves behind: a stack of maps, and the flow that follows them exactly."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from numpyro_sbtm.core.controlled import Pinned
-from numpyro_sbtm.core.process import Net, Process
-from numpyro_sbtm.core.target import Params
+from numpyro_sbtm.core.algorithm import Draws, Proposal
+from numpyro_sbtm.core.net import Net
+from numpyro_sbtm.core.target import Key, Params, Target
 from numpyro_sbtm.core.transition import Transition
-from numpyro_sbtm.core.transport import euler_map
+from numpyro_sbtm.core.transport.euler import euler_map
 
-__all__ = ["Maps", "displacement", "noisy_transport", "pull", "push", "returns", "trajectory", "velocity"]
+__all__ = ["Maps", "displacement", "flow", "pull", "push", "returns", "trajectory", "velocity"]
 
 _MAX_INVERSION_STEPS = 100
 _RETURN_STEPS = 50  # within which a point must return, fewer so that what returns is also found
+_INVERSION_ERROR = 1e-3  # of a point that is carried back and forth, in whitened units
 _SAME = 1e-4  # distance, relative to 1 + |x|, within which a point that is carried back has returned
 
 
@@ -62,7 +62,7 @@ def displacement(net: Net, one: Maps, x: Float[Array, " d"]) -> Float[Array, " d
     Examples:
         >>> import jax.numpy as jnp
         >>> from numpyro_sbtm.core import Net
-        >>> from numpyro_sbtm.core.flow import Maps, displacement
+        >>> from numpyro_sbtm.core.transport.maps import Maps, displacement
         >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
         >>> zero, eye = jnp.zeros(1), jnp.eye(1)
         >>> euler = Maps((), zero, eye, eye, zero, -eye, jnp.array(0.5))  # v(x) = -x
@@ -106,7 +106,7 @@ def trajectory(net: Net, maps: Maps, x: Float[Array, " d"]) -> Float[Array, "K1 
     Examples:
         >>> import jax.numpy as jnp
         >>> from numpyro_sbtm.core import Net
-        >>> from numpyro_sbtm.core.flow import Maps, trajectory
+        >>> from numpyro_sbtm.core.transport.maps import Maps, trajectory
         >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
         >>> zeros, eye = jnp.zeros((2, 1)), jnp.ones((2, 1, 1))
         >>> maps = Maps((), zeros, eye, eye, zeros, -eye, jnp.array([0.5, 0.5]))  # v(x) = -x
@@ -193,7 +193,7 @@ def returns(net: Net, maps: Maps, x: Float[Array, " d"]) -> Bool[Array, ""]:
     Examples:
         >>> import jax.numpy as jnp
         >>> from numpyro_sbtm.core import Net
-        >>> from numpyro_sbtm.core.flow import Maps, push, returns
+        >>> from numpyro_sbtm.core.transport.maps import Maps, push, returns
         >>> wave = Net(lambda key, d: (), lambda params, x: -jnp.sin(x))
         >>> zero, eye = jnp.zeros((1, 1)), jnp.eye(1)[None]
         >>> maps = Maps((), zero, eye, eye, zero, 0 * eye, jnp.array([3.0]))  # x - 3 sin x folds
@@ -214,59 +214,58 @@ def returns(net: Net, maps: Maps, x: Float[Array, " d"]) -> Bool[Array, ""]:
     return jax.lax.scan(step, (x, jnp.ones((), bool)), maps)[0][1]
 
 
-def noisy_transport(net: Net, num_maps: int, base: Transition) -> Process:
-    """Make the process that follows the maps with noise: the same marginals in the limit of small steps.
+def flow(net: Net, base: Transition, target: Target) -> Proposal:
+    """Make the proposal that pushes draws of the first law through the maps, its parameters.
 
-    With v = g - s, for the target's score g and the particles' score s, and a noise b > 0,
-
-        F_k(x' | x) = N(x + h_k (b g(x) + (1-b) v_k(x)), 2 b h_k I),
-        B_k(x | x') = N(x' + h_k (b g(x') - (1+b) v_k(x')), 2 b h_k I).
-
-    The second is the time reversal of the first where v is exact, whatever b is. Path weights are exact for
-    any v, without a determinant, and the maps need not be one-to-one: a step costs one target gradient and
-    two evaluations of the network, in any dimension. Where v = 0 both are Langevin steps.
+    Only points at which the maps are one-to-one are proposed: others get weight zero, and the weight of a
+    given point is infinite where it is the image of none of them.
 
     Args:
-        net: the network of the maps.
-        num_maps: K.
-        base: the law of x_0.
+        net: the network.
+        base: the first law.
+        target: the density that weighs them.
 
     Returns:
-        The process, of parameters ``(maps, b)``. Steps of size zero stay where they are.
-
-    Reference:
-        The family of diffusions with given marginals: Song et al. (2021), arXiv:2011.13456, eq. 13 and
-        appendix D; Albergo et al. (2023), arXiv:2303.08797, section 2.4.
+        The proposal. A draw costs a target value and K (d + 1) evaluations of the network.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core import Net
-        >>> from numpyro_sbtm.core.flow import Maps, noisy_transport
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.core import Net, Target
         >>> from numpyro_sbtm.core.transition import standard_normal
+        >>> from numpyro_sbtm.core.transport.maps import Maps, flow
         >>> still = Net(lambda key, d: (), lambda params, x: 0.0 * x)
-        >>> zeros, eye = jnp.zeros((1, 2)), jnp.eye(2)[None]
-        >>> maps = Maps((), zeros, eye, eye, zeros, 0.0 * eye, jnp.array([0.5]))
-        >>> process = noisy_transport(still, 1, standard_normal(2))
-        >>> process.forward((maps, jnp.array(1.0)), jnp.array(0), jnp.ones(2), -jnp.ones(2)).mean.tolist()
-        [0.5, 0.5]
+        >>> zero, eye = jnp.zeros((1, 1)), jnp.eye(1)[None]
+        >>> maps = Maps((), zero, eye, eye, zero, -eye, jnp.array([0.5]))  # N(0, 1) becomes N(0, 1/4)
+        >>> proposal = flow(still, standard_normal(1), Target(lambda x: -2.0 * jnp.sum(x**2), 1))
+        >>> draws = proposal.draw(jax.random.key(0), maps, 1000)
+        >>> round(float(jnp.exp(draws.log_weight.mean())), 3)  # √(π/2)
+        1.253
     """
 
-    def kernel(params, k: Int[Array, ""], x: Float[Array, " d"], score: Float[Array, " d"], sign: float):  # type: ignore[no-untyped-def]
-        maps, noise = params
-        one = jax.tree.map(lambda leaf: leaf[k], maps)
-        std = jnp.sqrt(2.0 * noise * one.step_size)
-        # on a cliff of the target its score must not throw a point further than noise would
-        pull_in = one.step_size * noise * score
-        longest = std * np.sqrt(x.size)
-        pull_in = pull_in * jnp.minimum(1.0, longest / jnp.maximum(jnp.linalg.norm(pull_in), 1e-30))
-        drift = (sign - noise) * velocity(net, one, x)
-        return Pinned(x + pull_in + one.step_size * drift, jnp.full_like(x, std))
+    def checked_push(
+        maps: Maps, x: Float[Array, " d"]
+    ) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
+        """Carry a point through the maps, and say whether it is one of those where they are one-to-one."""
+        image, log_det, stretch = push(net, maps, x)
+        # what comes near a point that repels has not returned to it
+        return image, log_det, returns(net, maps, x) & (stretch < 1.0)
 
-    return Process(
-        num_maps,
-        lambda params: base,
-        lambda params, k, x, score: kernel(params, k, x, score, 1.0),
-        lambda params, k, x, score: kernel(params, k, x, score, -1.0),
-        lambda k, x: base.log_prob(x),
-        np.arange(num_maps + 1) / num_maps,
-    )
+    def draw(key: Key, maps: Maps, n: int) -> Draws:
+        start = jax.vmap(base.sample)(jax.random.split(key, n))
+        x, log_det, one_to_one = jax.vmap(lambda x: checked_push(maps, x))(start)
+        one_to_one |= ~jnp.all(jnp.isfinite(x), -1)  # lost for another reason
+        logdensity = jax.vmap(target.logdensity_fn)(x)
+        log_proposal = jax.vmap(base.log_prob)(start) - log_det
+        log_weight = jnp.where(one_to_one, logdensity - log_proposal, -jnp.inf)
+        return Draws(x, log_weight, logdensity, one_to_one)
+
+    def weigh(key: Key, maps: Maps, x: Float[Array, " d"]) -> Float[Array, ""]:
+        del key
+        start, _ = pull(net, maps, x)
+        image, log_det, one_to_one = checked_push(maps, start)
+        logdensity = target.logdensity_fn(x)
+        log_weight = logdensity - base.log_prob(start) + log_det
+        proposed = one_to_one & (jnp.max(jnp.abs(image - x)) < _INVERSION_ERROR)
+        return jnp.where(proposed, log_weight, jnp.where(jnp.isfinite(logdensity), jnp.inf, jnp.nan))
+
+    return Proposal(draw, weigh)
