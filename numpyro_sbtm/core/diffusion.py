@@ -109,7 +109,8 @@ def check_options(process: Process, divergence: Divergence, options: DiffusionOp
     group = divergence.paths_per_start
     if options.num_paths % group:
         raise ValueError(
-            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got {options.num_paths}."
+            f"`num_paths` must be a multiple of the divergence's {group} paths per start, got "
+            f"{options.num_paths}."
         )
     return num_simulated
 

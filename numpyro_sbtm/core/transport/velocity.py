@@ -2,7 +2,7 @@
 """Learning one velocity of transport: an affine part in closed form, and a network for the rest."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,7 @@ def solve_output(net: Net, current: Maps, particles: ScoredPoints, probes: Score
     return current._replace(params=jnp.where(good, params, current.params))
 
 
+@runtime_checkable
 class VelocityFit(Protocol):
     """How the velocity of the next map is fitted, and whether its network is used."""
 
