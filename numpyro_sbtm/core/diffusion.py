@@ -16,7 +16,7 @@ from numpyro_sbtm.core.options import DiffusionOptions
 from numpyro_sbtm.core.path import Path, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.smc import path_draws
-from numpyro_sbtm.core.target import Key, Params, Target
+from numpyro_sbtm.core.target import Key, Keys, Params, Target
 from numpyro_sbtm.core.weights import clean, log_variance_at, reachable, resample
 
 __all__ = ["DiffusionState", "check_options", "diffusion"]
@@ -377,7 +377,7 @@ class _Training:
         return _Updated(params, average, opt_state), skipped
 
     def detached_updates(
-        self, keys: Key, process: Process, state: DiffusionState, paths: Path
+        self, keys: Keys, process: Process, state: DiffusionState, paths: Path
     ) -> tuple[_Updated, Float[Array, ""], Int[Array, ""]]:
         """Update on one block of paths, once for every key; with the first loss, and updates skipped."""
         num_times, num_simulated = self.options.num_times, self.num_simulated
