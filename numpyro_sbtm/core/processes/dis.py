@@ -19,7 +19,7 @@ from numpyro_sbtm.core.transition import Gaussian
 __all__ = ["dis"]
 
 
-Table = np.ndarray | Float[Array, " T"]
+Table = np.ndarray | Float[Array, "..."]
 
 
 class _Grid(NamedTuple):
