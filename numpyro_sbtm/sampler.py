@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained sampler: what was learned of a posterior, and how it draws."""
+"""The trained sampler: a posterior with all that was learned of it. It draws, weighs, and makes chains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,116 +11,224 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.compile import is_traced
+from numpyro_sbtm.checks import shown, whole
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Proposal
-from numpyro_sbtm.core.chain import Chain, Point, independence_chain
+from numpyro_sbtm.core.chain import Chain, ChainInfo, ChainState, Point, independence_chain
 from numpyro_sbtm.core.decay import Rays, decay
+from numpyro_sbtm.core.evidence import Estimate, from_proposals
 from numpyro_sbtm.core.importance import importance
-from numpyro_sbtm.core.local import LocalMove
-from numpyro_sbtm.core.maps import Triangular, whiten
-from numpyro_sbtm.core.mixture import largest, normal
+from numpyro_sbtm.core.maps import whiten
 from numpyro_sbtm.core.psis import USABLE_KHAT, judged_tail_index
-from numpyro_sbtm.core.target import Key, Params, Target
-from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.ladder import (
-    Precondition,
-    StartingPoints,
-    find_start,
-    most_components,
-    with_step_size,
-)
-from numpyro_sbtm.search.located import Located
+from numpyro_sbtm.core.target import Key, Keys, LogDensity, Target
+from numpyro_sbtm.learned import Learned, Settings
 
-__all__ = ["Learned", "Method", "Sampler", "Structure", "locate"]
+__all__ = ["Posterior", "Run", "Sampler", "WeightedDraws", "checked_key", "rays", "trained"]
 
 _SHORTER = 4  # training ends after this part of warm-up where the search's draws are near exact
 _SHORTEST_STEP = 0.01  # step sizes of local moves vary by this factor where they were adapted to other data
-_EXACT = 0.9  # effective fraction of the search's draws above which they need no local moves
 
 
-class Learned(NamedTuple):
-    """What is learned before the first draw: all that draws need, and a record of how it came about.
-
-    Attributes:
-        located: what the search found, without its points.
-        params: trained parameters, without optimiser or particles; None where draws come from the mixture
-            that was found alone.
-        num_steps: training steps done.
-        loss: of every training step, NaN for those that were not needed, shape ``[num_warmup]``.
-        skipped_updates: updates left out because their gradient was not finite.
-        gradients: target gradients spent.
-        local_moves: None where draws end with none, the search's draws being nearly exact; else True.
-        offset: log densities and log weights are relative to it, so that float32 holds them, shape ``[]``.
-        data: fingerprint of the data that it was learned for.
-    """
-
-    located: Located
-    params: Params
-    num_steps: Int[Array, ""]
-    loss: Float[Array, " num_warmup"]
-    skipped_updates: Int[Array, ""]
-    gradients: Int[Array, ""]
-    local_moves: Bool[Array, ""] | None
-    offset: Float[Array, ""]
-    data: np.ndarray | Array
-
-
-class Method(NamedTuple):
-    """What is chosen before anything is known of the posterior.
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """What is sampled, as functions of data that may change.
 
     Attributes:
-        algorithm: ``(whitened target, located, num_steps) -> algorithm``.
-        local: the local move that ends every draw, or None.
-        corrected: whether a Metropolis step corrects the proposals.
-        shorten: whether a part of the training steps is enough where the search's draws are near exact.
-        quiet: whether draws end without local moves where the search's draws are nearly exact.
-        always_train: whether to train also where the search's draws are good enough as proposals.
-        search: how much is looked for.
+        dim: the dimension d of the unconstrained space.
+        density: ``data -> log density`` of a point of R^d.
+        unravel: from a point of R^d to the values of latent sites, unconstrained.
+        sites: ``data -> (point of R^d -> values of all sites)``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.sampler import Posterior
+        >>> posterior = Posterior.of(lambda x: -0.5 * jnp.sum(x**2), 2)
+        >>> float(posterior.density(())(jnp.ones(2)))
+        -1.0
     """
 
-    algorithm: Callable[[Target, Located, int], Algorithm]
-    local: LocalMove | None
-    corrected: bool
-    shorten: bool
-    quiet: bool
-    always_train: bool
-    search: Search
+    dim: int
+    density: Callable[[Any], LogDensity]
+    unravel: Callable[[Float[Array, " d"]], Any]
+    sites: Callable[[Any], Callable[[Float[Array, " d"]], Any]]
+
+    @classmethod
+    def of(cls, logdensity_fn: LogDensity, dim: int) -> "Posterior":
+        """Make the posterior of a log density on R^d, without data."""
+        return cls(dim, lambda data: logdensity_fn, lambda x: {"x": x}, lambda data: lambda x: x)
 
 
-class Structure(NamedTuple):
-    """Which parts of a program are needed; samplers that are stacked must agree in it.
+class WeightedDraws(NamedTuple):
+    """Independent draws of the proposal with exact weights.
 
     Attributes:
-        num_components: of the reference; None for all.
-        margins: whether the whitening has any.
-        turned: whether components of the reference have axes of their own.
-        doubtful: whether single proposals may turn out to be poor.
-        still: whether draws end without local moves, those of the search being nearly exact.
-        learned: whether anything is trained; else draws come from what was found alone.
+        sites: values of the model's sites, or of x where there is no model; leading axis ``[n]``.
+        x: points of the flattened unconstrained space, shape ``[n, d]``.
+        log_weight: log of unnormalised posterior over proposal, of the point or of the path, float64, shape
+            ``[n]``; NaN or -inf where there is none.
+        logdensity: the unnormalised log density at x, float64, shape ``[n]``.
+        one_to_one: as in `Draws`, shape ``[n]``.
     """
 
-    num_components: int | None
-    margins: bool
-    turned: bool
-    doubtful: bool
-    still: bool
-    learned: bool
+    sites: Any
+    x: Float[Array, "n d"]
+    log_weight: Float[np.ndarray, " n"]
+    logdensity: Float[np.ndarray, " n"]
+    one_to_one: Bool[Array, " n"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("learned",), meta_fields=("target", "method"))
+class Run(NamedTuple):
+    """Chains that `Sampler.sample` made.
+
+    Attributes:
+        sampler: what made them.
+        sites: exact draws: values of the model's sites, or of x where there is no model; leading axes
+            ``[C, n]``, as ArviZ has them.
+        x: points of the flattened unconstrained space, shape ``[C, n, d]``.
+        log_weight: log of unnormalised posterior over proposal of every state, float64, shape ``[C, n]``.
+        acceptance: mean acceptance probability of every chain's proposals, shape ``[C]``.
+        nonfinite: proposals whose weight was not finite, shape ``[C]``.
+        state: of the chains, from which they go on (see `Sampler.chain`).
+        key: random key for what comes next.
+    """
+
+    sampler: "Sampler"
+    sites: Any
+    x: Float[Array, "C n d"]
+    log_weight: Float[np.ndarray, "C n"]
+    acceptance: Float[Array, " C"]
+    nonfinite: Int[Array, " C"]
+    state: ChainState
+    key: Key
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data", "learned", "several"),
+    meta_fields=("posterior", "settings"),
+)
 @dataclass(frozen=True)
 class Sampler:
-    """A posterior with what was learned of it. A pytree, of which ``learned`` are the leaves.
+    """A posterior with what was learned of it. A pytree, of which data and parameters are the leaves.
+
+    It holds neither particles nor an optimiser. `learn` makes it.
 
     Attributes:
-        target: the unnormalised density on R^d, relative to ``learned.offset``.
-        method: what was chosen before.
+        posterior: what is sampled.
+        settings: what was chosen before.
+        data: of the posterior.
         learned: all that was found and trained.
+        several: whether each proposal is chosen among several, single ones having been found poor, shape
+            ``[]``; None: never.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_sbtm.density import learn_density
+        >>> density = lambda x: -0.5 * jnp.sum((x - 1) ** 2)
+        >>> sampler = learn_density(jax.random.key(0), density, jnp.zeros((1, 2)), num_steps=50)
+        >>> run = sampler.sample(jax.random.key(1), 500)
+        >>> run.x.shape, round(float(run.x.mean()), 1)
+        ((4, 500, 2), 1.0)
+        >>> round(sampler.evidence(jax.random.key(2)).log_evidence, 2)  # log 2π
+        1.84
     """
 
-    target: Target
-    method: Method
+    posterior: Posterior
+    settings: Settings
+    data: Any
     learned: Learned
+    several: Bool[Array, ""] | None = None
+
+    # ------------------------------------------------------------------ for everyone
+    def draw(self, key: Key, n: int = 1000) -> WeightedDraws:
+        """Make independent draws of the proposal, with exact weights.
+
+        Args:
+            key: random key.
+            n: the number of draws.
+
+        Raises:
+            TypeError: for what is no key or no number.
+            ValueError: for less than one draw.
+        """
+        n = whole("n", n)
+        draws = _draw(self, checked_key(key), n)
+        sites, logdensity = _sites(self, draws.x), self.absolute(draws.logdensity)
+        return WeightedDraws(sites, draws.x, self.absolute(draws.log_weight), logdensity, draws.one_to_one)
+
+    def weigh(self, key: Key, x: Float[Array, "n d"]) -> Float[np.ndarray, " n"]:
+        """Weigh given points as draws.
+
+        For draws of the posterior the mean log weight is an upper bound of the log evidence (EUBO), where
+        that of proposals is a lower bound (ELBO). Unlike the latter it sees what is never proposed.
+
+        Args:
+            key: random key.
+            x: points of the flattened unconstrained space, as `WeightedDraws.x`, shape ``[n, d]``.
+
+        Returns:
+            Log of unnormalised posterior over proposal, of the point or of a fresh path that ends there, in
+            float64, shape ``[n]``; infinite for what is never proposed, NaN if it cannot be computed.
+
+        Raises:
+            TypeError: for what is no key.
+            ValueError: for points of another shape.
+
+        Reference:
+            EUBO: Blessing et al. (2024), Beyond ELBOs, arXiv:2406.07423, section 4.
+        """
+        dim = self.posterior.dim
+        if jnp.ndim(x) != 2 or jnp.shape(x)[1] != dim or not len(x):
+            raise ValueError(
+                f"`x` must be points of the flattened unconstrained space, [n, {dim}], got shape "
+                f"{list(jnp.shape(x))}. `draw` gives such points, `WeightedDraws.x`."
+            )
+        return self.absolute(_weigh(self, checked_key(key), jnp.asarray(x, self.learned.loss.dtype)))
+
+    def evidence(self, key: Key, n: int = 4000) -> Estimate:
+        """Estimate the log evidence by the mean weight of fresh draws, which neither chains nor training saw.
+
+        Args:
+            key: random key.
+            n: the number of draws.
+        """
+        return from_proposals(self.draw(key, n).log_weight)
+
+    def sample(self, key: Key, num_samples: int = 1000, num_chains: int = 4) -> Run:
+        """Make exact draws by chains of independence Metropolis with local moves.
+
+        Args:
+            key: random key.
+            num_samples: draws of each chain.
+            num_chains: the number of chains.
+
+        Raises:
+            TypeError: for what is no key or no number.
+            ValueError: for less than one draw or chain.
+        """
+        num_samples, num_chains = whole("num_samples", num_samples), whole("num_chains", num_chains)
+        key_run, key_next = jax.random.split(checked_key(key))
+        state, points, info = _sample(self, key_run, num_samples, num_chains)
+        return Run(
+            sampler=replace(self, several=state.several),
+            sites=jax.vmap(lambda x: _sites(self, x))(points.x),
+            x=points.x,
+            log_weight=self.absolute(points.log_weight),
+            acceptance=jnp.mean(info.acceptance, 1),
+            nonfinite=jnp.sum(info.nonfinite, 1),
+            state=state,
+            key=key_next,
+        )
+
+    def absolute(self, log_density: Float[Array, "*n"]) -> Float[np.ndarray, "*n"]:
+        """Give log densities or log weights their offset back, in float64."""
+        return np.asarray(log_density, np.float64) + np.asarray(self.learned.offset, np.float64)
+
+    # ------------------------------------------------------------------ the proposal
+    @property
+    def target(self) -> Target:
+        """The unnormalised density on R^d, relative to ``learned.offset``."""
+        density, offset = self.posterior.density(self.data), self.learned.offset
+        return Target(lambda x: density(x) - offset, self.posterior.dim)
 
     @property
     def _white(self) -> Target:
@@ -128,43 +236,45 @@ class Sampler:
 
     @property
     def _algorithm(self) -> Algorithm:
-        return self.method.algorithm(self._white, self.learned.located, self.learned.loss.shape[-1])
+        return self.settings.method.algorithm(
+            self._white,
+            self.learned.located,
+            self.learned.loss.shape[-1],
+            self.settings.correction.num_particles,
+        )
 
-    def _use(self, several: Bool[Array, ""] | None, use: Callable[[Proposal], Any]) -> Any:
+    def _use(self, use: Callable[[Proposal], Any]) -> Any:
         """Use the trained proposal, or the one of several draws each where single ones were found poor."""
         if self.learned.params is None:
             return use(importance(self._white, self.learned.located.reference))
         algorithm = self._algorithm
-        dearer = algorithm.several
+        dearer, several = algorithm.several, self.several
         if several is None or dearer is None:
             return use(algorithm.proposal)
         return jax.lax.cond(several, lambda: use(dearer), lambda: use(algorithm.proposal))
 
-    def propose(self, key: Key, n: int, several: Bool[Array, ""] | None = None) -> Draws:
+    def propose(self, key: Key, n: int) -> Draws:
         """Draw n proposals with exact weights, relative to the offset; NaN where there is none.
 
         Args:
             key: random key.
             n: number of proposals, static.
-            several: whether each is chosen among several, shape ``[]``; None: never.
         """
-        draws = self._use(several, lambda proposal: proposal.draw(key, self.learned.params, n))
+        draws = self._use(lambda proposal: proposal.draw(key, self.learned.params, n))
         x, log_det = jax.vmap(lambda u: self.learned.located.whitening.forward(u))(draws.x)
         usable = jnp.isfinite(draws.log_weight) & jnp.all(jnp.isfinite(x), -1)
         log_weight = jnp.where(usable, draws.log_weight, jnp.nan)
         return Draws(x, log_weight, draws.logdensity - log_det, draws.one_to_one)
 
-    def weigh(
-        self, key: Key, x: Float[Array, "n d"], several: Bool[Array, ""] | None = None
-    ) -> Float[Array, " n"]:
+    def weights(self, key: Key, x: Float[Array, "n d"]) -> Float[Array, " n"]:
         """Weigh given points as draws, relative to the offset."""
         u = jax.vmap(lambda point: self.learned.located.whitening.inverse(point)[0])(x)
 
-        def weights(proposal: Proposal) -> Float[Array, " n"]:
+        def of(proposal: Proposal) -> Float[Array, " n"]:
             keys = jax.random.split(key, len(x))
             return jax.vmap(lambda k, point: proposal.weigh(k, self.learned.params, point))(keys, u)
 
-        return self._use(several, weights)
+        return self._use(of)
 
     def rays(self, key: Key, x: Float[Array, "n d"], log_weight: Float[Array, " n"]) -> Rays:
         """Find out along which rays from weighted points the density does not fall."""
@@ -175,7 +285,7 @@ class Sampler:
         """Do all of the training, until it gains nothing more or all steps are done."""
         learned, algorithm = self.learned, self._algorithm
         num_steps = learned.loss.shape[-1]
-        enough = num_steps // _SHORTER if self.method.shorten else num_steps
+        enough = num_steps // _SHORTER if self.settings.method.shortens else num_steps
 
         def step(now: "_Progress") -> "_Progress":
             k = now.num_steps
@@ -213,41 +323,43 @@ class Sampler:
         return replace(self, learned=after)
 
     # ------------------------------------------------------------------ chains
-    def chain(
-        self,
-        *,
-        steps_per_draw: int,
-        block_size: int,
-        doubtful: bool,
-        foreign: Bool[Array, ""] | None = None,
-    ) -> Chain:
-        """Make chains that leave the posterior invariant.
+    def chain(self, foreign: Bool[Array, ""] | None = None) -> Chain:
+        """Make chains that leave the posterior invariant: pure functions, relative to the offset.
 
         Args:
-            steps_per_draw: Metropolis steps of a draw.
-            block_size: about how many proposals are made at a time, over all chains.
-            doubtful: whether the first proposals decide if each must be chosen among several.
             foreign: whether the sampler was trained for other data, shape ``[]``: then a local move, of a
                 step size that varies more, ends every draw. None: it was not.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from numpyro_sbtm.density import learn_density
+            >>> density, start = lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2)
+            >>> sampler = learn_density(jax.random.key(0), density, start[None], num_steps=50)
+            >>> chain = sampler.chain()
+            >>> state = chain.init(start, density(start))
+            >>> state, info = chain.step(jax.random.key(1), state)
+            >>> state.point.x.shape
+            (2,)
         """
+        correction = self.settings.correction
         poor = lambda log_weight: judged_tail_index(log_weight) > USABLE_KHAT  # noqa: E731
         return independence_chain(
-            self.propose,
+            lambda key, n, several: replace(self, several=several).propose(key, n),
             self._moves(foreign),
-            steps_per_draw=steps_per_draw,
-            block_size=block_size,
-            corrected=self.method.corrected,
-            is_poor=poor if doubtful else None,
+            steps_per_draw=correction.steps_per_draw,
+            block_size=correction.block_size,
+            corrected=correction.metropolis,
+            is_poor=None if self.several is None else poor,
         )
 
     def _moves(
         self, foreign: Bool[Array, ""] | None
-    ) -> Callable[[Key, Point, Bool[Array, ""] | None], Point] | None:
+    ) -> Callable[[Keys, Point, Bool[Array, ""] | None], Point] | None:
         """Make the local moves of all chains that end a draw, or None where there are none."""
-        local, located = self.method.local, self.learned.located
+        local, located = self.settings.local_move(), self.learned.located
         step_size = located.step_size
         always = self.learned.local_moves is not None
-        if local is None or step_size is None or not self.method.corrected:
+        if local is None or step_size is None or not self.settings.correction.metropolis:
             return None
         if not always and foreign is None:
             return None
@@ -262,14 +374,14 @@ class Sampler:
                 size = size * jnp.where(foreign, shorter, 1.0)
             u, value, *_ = local.step(key_move, white.logdensity_fn, whitening.inverse(point.x)[0], size)
             weigh = lambda proposal: proposal.weigh(key_weight, self.learned.params, u)  # noqa: E731
-            fresh = self._use(several, weigh)
+            fresh = replace(self, several=several)._use(weigh)
             x, log_det = whitening.forward(u)
             # an infinite weight: what is never proposed is entered and left by these moves alone
             good = (fresh > -jnp.inf) & jnp.isfinite(value) & jnp.all(jnp.isfinite(x))
             moved = Point(x, fresh, value - log_det)
             return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, point)
 
-        def moves(keys: Key, points: Point, several: Bool[Array, ""] | None) -> Point:
+        def moves(keys: Keys, points: Point, several: Bool[Array, ""] | None) -> Point:
             over = jax.vmap if points.log_weight.ndim else lambda function: function
             go = lambda: over(lambda key, point: move(key, point, several))(keys, points)  # noqa: E731
             return go() if always else jax.lax.cond(foreign, go, lambda: points)
@@ -288,95 +400,41 @@ class _Progress(NamedTuple):
     finished: Bool[Array, ""]
 
 
-def locate(
-    key: Key,
-    target: Target,
-    method: Method,
-    where: StartingPoints,
-    precondition: Precondition,
-    num_steps: int,
-    *,
-    own: bool = False,
-    structure: Structure | None = None,
-) -> tuple[Sampler, Structure]:
-    """Look for the posterior, and make the sampler whose draws come from what was found.
+def checked_key(key: Any) -> Key:
+    """Check a random key.
 
-    Args:
-        key: random key.
-        target: the posterior on the unconstrained space.
-        method: what was chosen before.
-        where: points to look from.
-        precondition: how it is whitened (see `find_start`).
-        num_steps: training steps at most.
-        own: whether chains have samplers of their own, which are stacked.
-        structure: that of the first of them; None: what this search finds.
-
-    Returns:
-        The sampler before training, and what it needs: train it if ``structure.learned``.
+    Raises:
+        TypeError: for anything else.
     """
-    key_search, key_local = jax.random.split(key)
-    located = find_start(key_search, target, where, precondition, method.search)
-    if structure is None:
-        structure = _structure_of(located, method, own)
-    located = _simplified(located, structure)
-    if method.local is not None:
-        # moves that are made for other data only need no better step size
-        located = with_step_size(key_local, target, located, method.local, adapted=not structure.still)
-    dtype, zero = located.ess_fraction.dtype, jnp.zeros((), jnp.int32)
-    learned = Learned(
-        located=located if structure.learned else located._replace(points=None),
-        params=None,
-        num_steps=zero,
-        # by NumPy: JAX would compile a program for every shape
-        loss=jnp.asarray(np.full(num_steps, np.nan, dtype)),
-        skipped_updates=zero,
-        gradients=located.gradients,
-        local_moves=None if structure.still else jnp.ones((), bool),
-        offset=jnp.zeros((), dtype),
-        data=jnp.zeros(2, jnp.uint32),
-    )
-    return Sampler(target, method, learned), structure
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if (typed and key.ndim == 0) or (getattr(key, "dtype", None) == jnp.uint32 and jnp.ndim(key) == 1):
+        return key
+    raise TypeError(f"`key` must be a random key, got {shown(key)}. Pass `jax.random.key(0)`.")
 
 
-def _structure_of(located: Located, method: Method, own: bool) -> Structure:
-    """Say what does nothing, for programs that are smaller and faster to compile.
-
-    Of what was found, parts that are the identity and components without weight, unless each chain has its
-    own, which may need them; where its draws alone would do, proposals chosen among several, and all training
-    of what is corrected and not stacked; where they are nearly exact, local moves of a quiet method. Where
-    particles have not arrived everywhere, draws of what they show do not see what is missing: then training
-    and moves are needed.
-    """
-    if is_traced(located):
-        return Structure(None, True, True, True, False, True)
-    margins, reference = getattr(located.whitening, "margins", None), located.reference
-    rotation = reference.rotation
-    num_components = int(np.sum(np.isfinite(reference.log_weight)))
-    if own and bool(located.searched):
-        most = most_components(reference.centre.shape[1], method.search)
-        num_components = max(len(reference.log_weight), most)
-    # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    exact = located.sufficient() & (located.ess_fraction > _EXACT)
-    return Structure(
-        num_components,
-        margins is not None and (own or bool(np.any(margins.slope != 1.0))),
-        rotation is not None and (own or bool(np.any(rotation != np.eye(rotation.shape[-1])))),
-        not bool(located.usable()),
-        method.quiet and bool(exact),
-        own or method.always_train or not method.corrected or not bool(located.sufficient()),
-    )
+# compiled once for all samplers whose posterior and settings are the same objects
+_draw = jax.jit(lambda sampler, key, n: sampler.propose(key, n), static_argnums=2)
+_weigh = jax.jit(lambda sampler, key, x: sampler.weights(key, x))
+_sites = jax.jit(lambda sampler, x: jax.vmap(sampler.posterior.sites(sampler.data))(x))
+trained = jax.jit(lambda sampler, key: sampler.trained(key))
+rays = jax.jit(lambda sampler, key, x, log_weight: sampler.rays(key, x, log_weight))
 
 
-def _simplified(located: Located, structure: Structure) -> Located:
-    """Drop components, margins and rotations that are not there."""
-    if structure.num_components is None:
-        return located
-    reference, whitening = located.reference, located.whitening
-    # a single component is N(0, I): see `warm_start`
-    one = structure.num_components == 1
-    reference = normal(reference.centre.shape[1]) if one else largest(reference, structure.num_components)
-    if not structure.turned:
-        reference = reference._replace(rotation=None)
-    if isinstance(whitening, Triangular) and not structure.margins:
-        whitening = whitening._replace(margins=None)
-    return located._replace(reference=reference, whitening=whitening)
+@partial(jax.jit, static_argnums=(2, 3))
+def _sample(
+    sampler: Sampler, key: Key, num_samples: int, num_chains: int
+) -> tuple[ChainState, Point, ChainInfo]:
+    key_first, key_chains = jax.random.split(key)
+    chain = sampler.chain()
+    first = sampler.propose(key_first, num_chains)
+    there = jnp.isfinite(first.logdensity)
+    state = chain.init(jnp.where(there[:, None], first.x, 0.0), jnp.where(there, first.logdensity, -jnp.inf))
+    keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(jax.random.split(key_chains, num_chains))
+
+    def step(state: ChainState, keys: Keys) -> tuple[ChainState, tuple[Point, ChainInfo]]:
+        state, info = chain.step(keys, state)
+        return state, (state.point, info)
+
+    state, (points, info) = jax.lax.scan(step, state, jnp.swapaxes(keys, 0, 1))
+    points, info = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (points, info))
+    return state, points, info

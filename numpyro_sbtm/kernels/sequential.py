@@ -2,7 +2,6 @@
 """What several calls of a kernel's `init` share within one call of `MCMC.run`."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from numpyro.infer import MCMC
 
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.sampler import Learned, Structure
+from numpyro_sbtm.learned import Learned, Structure
+from numpyro_sbtm.sampler import Posterior
 
 __all__ = ["Run", "keys_of_sequential_run"]
 
@@ -25,7 +25,7 @@ class Run:
         model_kwargs: keyword arguments of the model.
         keys: those of all chains where they run in sequence, else None.
         structure: of the first chain that was set up.
-        train: the compiled training of one sampler.
+        posterior: that of the first sampler that was trained, so that all are trained by one program.
         learned: what the first chain of a sequence found and trained, for the others, who pay nothing.
         num_set_up: chains of a sequence that were set up.
     """
@@ -35,7 +35,7 @@ class Run:
     model_kwargs: dict[str, Any]
     keys: Key | None = None
     structure: Structure | None = None
-    train: Callable[[Key, Learned], Learned] | None = None
+    posterior: Posterior | None = None
     learned: Learned | None = None
     num_set_up: int = 0
 

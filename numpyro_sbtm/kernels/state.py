@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from numpyro_sbtm.core.chain import ChainState
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.kernels.fingerprint import Fingerprint
-from numpyro_sbtm.sampler import Learned
+from numpyro_sbtm.learned import Learned
 
 __all__ = ["KernelState", "chain_axes"]
 

@@ -1,36 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of score-based transport: the choice of network, optimiser and annealing."""
+"""The kernel of score-based transport."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 from numpyro.infer import init_to_uniform
 
-from numpyro_sbtm.checks import function, names_unknown_options, one_of, shown
-from numpyro_sbtm.core.algorithm import Algorithm
+from numpyro_sbtm.checks import names_unknown_options
 from numpyro_sbtm.core.net import Net
-from numpyro_sbtm.core.target import LogDensity, Target
-from numpyro_sbtm.core.transport.annealing import Annealing, convolution, dilation, geometric, tempering
-from numpyro_sbtm.core.transport.sbtm import check_transport, sbtm
-from numpyro_sbtm.kernels.base import OPTIONS, LearnedKernel, checked_optimizer
-from numpyro_sbtm.networks import score_mlp
-from numpyro_sbtm.options import Correction, Search, TransportTraining, group_of
-from numpyro_sbtm.search.located import Located
+from numpyro_sbtm.core.transport.annealing import Annealing
+from numpyro_sbtm.kernels.arguments import OPTIONS
+from numpyro_sbtm.kernels.base import LearnedKernel
+from numpyro_sbtm.methods.transport import AnnealingName, Transport
+from numpyro_sbtm.options import Correction, Search, TransportTraining
 
-__all__ = ["ANNEALINGS", "SBTMKernel"]
-
-ANNEALINGS: dict[str, Callable[[], Annealing]] = {
-    "adaptive": partial(geometric, conditional_ess=0.95),
-    "convolution": convolution,
-    "dilation": dilation,
-    "geometric": geometric,
-    "tempering": tempering,
-}
-"""Annealing by name."""
+__all__ = ["SBTMKernel"]
 
 
 class SBTMKernel(LearnedKernel):
@@ -80,8 +65,8 @@ class SBTMKernel(LearnedKernel):
         model: Callable[..., Any] | None = None,
         potential_fn: Callable[..., Any] | None = None,
         *,
-        annealing: str | Annealing | None = None,
-        network: str | Net | Callable[..., Net] = "score_mlp",
+        annealing: AnnealingName | Annealing | None = None,
+        network: Literal["score_mlp"] | Net | Callable[..., Net] = "score_mlp",
         optimizer: optax.GradientTransformation | Callable[[int], Any] | None = None,
         precondition: Any = "auto",
         search: Search = Search(),
@@ -90,59 +75,14 @@ class SBTMKernel(LearnedKernel):
         forward_mode_differentiation: bool = False,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
-        self._training = group_of("training", TransportTraining, training)
+        method = Transport(annealing=annealing, network=network, optimizer=optimizer, training=training)
         super().__init__(
             model,
             potential_fn,
+            method,
             precondition=precondition,
             search=search,
-            training=training,
             correction=correction,
             forward_mode_differentiation=forward_mode_differentiation,
             init_strategy=init_strategy,
-        )
-        made = isinstance(annealing, Annealing)
-        self._annealing = annealing if made else one_of("annealing", annealing, (*ANNEALINGS, None))
-        self._network: Any = score_mlp
-        if isinstance(network, Net):
-            self._network = network
-        elif network != "score_mlp":
-            cure = (
-                "Pass 'score_mlp', or a function that makes a `Net`, such as `partial(score_mlp, width=128)`."
-            )
-            self._network = function("network", network, cure)
-            net = self._network()
-            if not isinstance(net, Net):
-                raise TypeError(
-                    f"`network` must make a `Net`, got {shown(net)}. Pass `score_mlp`, or its like."
-                )
-        self._optimizer = checked_optimizer(optimizer)
-        if annealing is not None and training.noisy:
-            raise ValueError(
-                f"`annealing` is {shown(annealing)} and asks for a flow, but `noisy` is True. "
-                "Pass one of them."
-            )
-
-    def _check_posterior(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
-        check_transport(self._training, len(x), self._annealing)
-
-    def _algorithm(self, target: Target, located: Located, num_warmup: int) -> Algorithm:
-        training, annealing = self._training, self._annealing
-        # where the search had to look for the posterior's shape, or found it, it is not made wider
-        plain = len(located.reference.log_weight) == 1 and getattr(located.whitening, "margins", None) is None
-        scale = jnp.where(located.near_exact(), 1.0, training.scale) if plain else 1.0
-        optimizer = self._optimizer
-        if optimizer is None:
-            optimizer = optax.adamw(training.learning_rate, weight_decay=0.1)
-        elif not isinstance(optimizer, optax.GradientTransformation):
-            optimizer = optimizer(num_warmup)
-        return sbtm(
-            target,
-            self._network if isinstance(self._network, Net) else self._network(),
-            optimizer,
-            training,
-            base=located.reference._replace(std=scale * located.reference.std),
-            annealing=ANNEALINGS[annealing]() if isinstance(annealing, str) else annealing,
-            num_steps=num_warmup,
-            smc_particles=self._correction.num_particles,
         )

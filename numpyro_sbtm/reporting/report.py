@@ -2,26 +2,25 @@
 """Whether to trust a run, and its evidence."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpyro.infer import MCMC
-from numpyro.util import is_prng_key
 
 from numpyro_sbtm import plots
-from numpyro_sbtm.checks import shown, whole
-from numpyro_sbtm.core.algorithm import Draws
+from numpyro_sbtm.checks import whole
 from numpyro_sbtm.core.decay import Rays
+from numpyro_sbtm.core.evidence import from_proposals, lower_bound
 from numpyro_sbtm.core.psis import tail_index
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.kernels.base import LearnedKernel, absolute
-from numpyro_sbtm.kernels.state import KernelState
-from numpyro_sbtm.reporting.convergence import Convergence, convergence, site_name
-from numpyro_sbtm.reporting.evidence import Estimate, from_chains, from_proposals, lower_bound
+from numpyro_sbtm.reporting.convergence import convergence, site_name
+from numpyro_sbtm.reporting.evidence import from_chains
+from numpyro_sbtm.reporting.finished import Finished, finished
 from numpyro_sbtm.reporting.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
+from numpyro_sbtm.sampler import Run, Sampler, WeightedDraws, rays
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,15 +202,15 @@ class Report:
         return figure
 
 
-def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None) -> Report:
-    """Judge a finished run of one of this package's kernels.
+def report(mcmc: MCMC | Run, *, num_proposals: int = 4000, rng_key: Key | None = None) -> Report:
+    """Judge a finished run: of one of this package's kernels, or of a `Sampler`.
 
     Evidence and weights come from fresh proposals of the frozen sampler, independent of the batches that
     trained it and of the chains. The density is also evaluated along rays from some of them, to see that it
     falls as that of a proper posterior must.
 
     Args:
-        mcmc: after `run`.
+        mcmc: after `run`; or what `Sampler.sample` returned.
         num_proposals: fresh proposals, over all trained samplers.
         rng_key: key for them; by default derived from the run's last state.
 
@@ -236,63 +235,51 @@ def report(mcmc: MCMC, *, num_proposals: int = 4000, rng_key: Key | None = None)
         >>> found.verdict, round(found.log_evidence, 1)  # log N(1; 0, 2) = -1.515...
         ('reliable', -1.5)
     """
-    if not isinstance(mcmc, MCMC):
-        raise TypeError(
-            f"`mcmc` must be the `numpyro.infer.MCMC` that ran the kernel, got {shown(mcmc)}. "
-            "Call `mcmc.run(...)` and then `report(mcmc)`."
-        )
-    kernel, state = mcmc.sampler, mcmc.last_state
-    if not isinstance(kernel, LearnedKernel):
-        raise TypeError(
-            f"`mcmc` must run a kernel of numpyro_sbtm, got {type(kernel).__name__}. "
-            "NUTS and others have no importance weights to report on."
-        )
-    if state is None:
-        raise RuntimeError("`mcmc` has not been run: call `mcmc.run(...)` first.")
+    run = finished(mcmc)
     num_proposals = whole("num_proposals", num_proposals, 100)
-    if state.learned is None:
-        raise ValueError(
-            "`mcmc` has run a model without latent values: there is nothing to judge. Its log evidence is "
-            f"its log density, {-float(np.max(np.asarray(state.potential_energy)))}."
-        )
-    if rng_key is None:
-        rng_key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
-        rng_key = jax.random.fold_in(rng_key, _KEY)
-    key_proposals, key_rays = jax.random.split(rng_key)
-    samplers = np.size(state.learned.num_steps)
-    each = -(-num_proposals // samplers)
-    fresh = kernel.propose(state, each, key_proposals, mcmc._args, mcmc._kwargs)
-    log_weight = np.asarray(fresh.log_weight).reshape(-1)
+    key = jax.random.fold_in(run.key, _KEY) if rng_key is None else rng_key
+    key_proposals, key_rays = jax.random.split(key)
+    each = -(-num_proposals // len(run.samplers))
+    fresh = [
+        sampler.draw(key, each) for sampler, key in zip(run.samplers, _keys(key_proposals, run), strict=True)
+    ]
+    log_weight = np.concatenate([draws.log_weight for draws in fresh])
+    one_to_one = np.concatenate([np.asarray(draws.one_to_one) for draws in fresh])
+    learned = [sampler.learned for sampler in run.samplers]
     measured = Measured(
-        corrected=kernel.corrected,
-        ensemble=_any(state.chain.several),
-        searched=bool(np.all(np.asarray(state.learned.located.searched))),
-        trained=state.learned.params is not None,
-        other_data=_other_data(state),
-        chains=_chains(mcmc),
-        acceptance=float(np.min(np.asarray(state.mean_accept_prob))),
+        corrected=run.corrected,
+        ensemble=any(sampler.several is not None and bool(sampler.several) for sampler in run.samplers),
+        searched=all(bool(one.located.searched) for one in learned),
+        trained=any(one.params is not None for one in learned),
+        other_data=run.other_data,
+        chains=convergence(run.sites, run.latent),
+        acceptance=float(np.min(run.acceptance)),
         forward=from_proposals(log_weight),
-        backward=_backward(mcmc),
-        not_finite=float(np.mean(~np.isfinite(log_weight) & np.ravel(fresh.one_to_one))),
-        folded=float(1.0 - np.mean(np.asarray(fresh.one_to_one))),
-        drift=float(np.max(np.asarray(state.learned.located.drift))),
-        improper=_improper(mcmc, fresh, key_rays),
+        backward=from_chains(run.log_weight) if run.corrected else None,
+        not_finite=float(np.mean(~np.isfinite(log_weight) & one_to_one)),
+        folded=float(1.0 - np.mean(one_to_one)),
+        drift=max(float(one.located.drift) for one in learned),
+        improper=_improper(run, fresh, key_rays),
     )
-    return _summary(kernel, state, measured, log_weight)
+    return _summary(run, measured, log_weight)
 
 
-def _summary(
-    kernel: LearnedKernel, state: KernelState, measured: Measured, log_weight: Float[np.ndarray, " n"]
-) -> Report:
+def _keys(key: Key, run: Finished) -> list[Key]:
+    """Make a key for every sampler."""
+    return [key] if len(run.samplers) == 1 else list(jax.random.split(key, len(run.samplers)))
+
+
+def _summary(run: Finished, measured: Measured, log_weight: Float[np.ndarray, " n"]) -> Report:
     table = checks(measured)
-    assert state.learned is not None  # else there is no report
-    learned, chains, forward, backward = state.learned, measured.chains, measured.forward, measured.backward
+    chains, forward, backward = measured.chains, measured.forward, measured.backward
     elbo, left_out = lower_bound(log_weight, forward.log_evidence)
+    learned = [sampler.learned for sampler in run.samplers]
+    loss = np.stack([np.asarray(one.loss) for one in learned])
     return Report(
         draws=judge(table, "draws"),
         evidence=judge(table, "evidence"),
         checks=tuple(table),
-        acceptance=float(np.mean(np.asarray(state.mean_accept_prob))),
+        acceptance=float(np.mean(run.acceptance)),
         worst_acceptance=measured.acceptance,
         khat=forward.khat,
         ess_fraction=forward.ess_fraction,
@@ -307,53 +294,33 @@ def _summary(
         tail_ess=chains.tail_size,
         frozen=chains.frozen,
         improper=measured.improper,
-        warm_start_ess_fraction=float(np.min(np.asarray(learned.located.ess_fraction))),
-        warm_start_khat=float(np.max(np.asarray(learned.located.khat))),
+        warm_start_ess_fraction=min(float(one.located.ess_fraction) for one in learned),
+        warm_start_khat=max(float(one.located.khat) for one in learned),
         warm_start_drift=measured.drift,
-        training=np.asarray(learned.loss),
-        training_steps=int(np.max(np.asarray(learned.num_steps))),
-        skipped_updates=int(np.sum(np.asarray(learned.skipped_updates))),
+        training=loss[0] if len(learned) == 1 else loss,
+        training_steps=max(int(one.num_steps) for one in learned),
+        skipped_updates=sum(int(one.skipped_updates) for one in learned),
         ensemble=measured.ensemble,
-        nonfinite_proposals=int(np.sum(np.asarray(state.nonfinite_proposals))),
+        nonfinite_proposals=run.nonfinite,
         not_one_to_one=measured.folded,
-        gradients=int(np.sum(np.asarray(learned.gradients))),
-        corrected=kernel.corrected,
+        gradients=sum(int(one.gradients) for one in learned),
+        corrected=run.corrected,
         log_weight=log_weight,
     )
 
 
-def _any(flag: Any) -> bool:
-    return flag is not None and bool(np.any(np.asarray(flag)))
-
-
-def _other_data(state: KernelState) -> bool:
-    """Say whether the sampler was trained for other data than it draws for."""
-    assert state.learned is not None
-    return bool(np.any(np.asarray(state.learned.data) != np.asarray(state.data)))
-
-
-def _chains(mcmc: MCMC) -> Convergence:
-    latent = mcmc.last_state.z if mcmc.sampler.model is not None else None
-    return convergence(mcmc.get_samples(group_by_chain=True), latent)
-
-
-def _backward(mcmc: MCMC) -> Estimate | None:
-    if not mcmc.sampler.corrected:
-        return None
-    log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]
-    return from_chains(absolute(log_weight, mcmc.last_state))
-
-
-def _improper(mcmc: MCMC, fresh: Draws, key: Key) -> tuple[str, ...]:
+def _improper(run: Finished, fresh: list[WeightedDraws], key: Key) -> tuple[str, ...]:
     """Name the sites along which the density does not fall."""
-    kernel, state = mcmc.sampler, mcmc.last_state
-    x = fresh.x.reshape(-1, fresh.x.shape[-1])
+    x = jnp.concatenate([draws.x for draws in fresh])
+    log_weight = np.concatenate([draws.log_weight for draws in fresh])
     stride = -(-len(x) // _NUM_CHECKED)
-    x, log_weight = x[::stride], fresh.log_weight.reshape(-1)[::stride]
+    x, log_weight = x[::stride], log_weight[::stride]
     log_weight = log_weight - np.max(log_weight, initial=-np.inf, where=np.isfinite(log_weight))
-    names = _coordinate_names(state.z, chains=0 if x.shape[-1] == _size(state.z) else 1)
-    rays = kernel.rays(state, (x, log_weight), key, mcmc._args, mcmc._kwargs)
-    return tuple(dict.fromkeys(names[_endless(rays, np.asarray(x))].tolist()))
+    points = x, jnp.asarray(log_weight, x.dtype)
+    found = [rays(sampler, own, *points) for sampler, own in zip(run.samplers, _keys(key, run), strict=True)]
+    all_rays = jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+    names = _coordinate_names(run.samplers[0])
+    return tuple(dict.fromkeys(names[_endless(all_rays, np.asarray(x))].tolist()))
 
 
 def _endless(rays: Rays, x: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " d"]:
@@ -368,12 +335,8 @@ def _endless(rays: Rays, x: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " d"]:
     return np.asarray(flat | (far > float(np.finfo(x.dtype).max) ** 0.5))
 
 
-def _size(z: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(z))
-
-
-def _coordinate_names(z: Any, chains: int) -> np.ndarray:
+def _coordinate_names(sampler: Sampler) -> np.ndarray:
     """The site of every coordinate of the flattened unconstrained space."""
-    leaves = jax.tree_util.tree_flatten_with_path(z)[0]
-    sizes = [int(np.prod(leaf.shape[chains:])) for _, leaf in leaves]
-    return np.repeat([site_name(path) for path, _ in leaves], sizes)
+    values = jax.eval_shape(sampler.posterior.unravel, jnp.zeros(sampler.posterior.dim))
+    leaves = jax.tree_util.tree_flatten_with_path(values)[0]
+    return np.repeat([site_name(path) for path, _ in leaves], [leaf.size for _, leaf in leaves])

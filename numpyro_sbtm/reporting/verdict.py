@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from numpyro_sbtm.core.evidence import Estimate
 from numpyro_sbtm.core.psis import USABLE_KHAT, harmless_tail
 from numpyro_sbtm.reporting.convergence import FEWEST_DRAWS, Convergence
-from numpyro_sbtm.reporting.evidence import Estimate
 
 __all__ = ["Check", "Judgement", "Measured", "Verdict", "checks", "joint_error", "judge", "printed_error"]
 
