@@ -201,11 +201,12 @@ def _learned(make, num_warmup, target, seed):
         "acceptance": found.acceptance,
         "max_rhat": found.max_rhat,
     }
+    sampler = kernel.sampler(mcmc.last_state)
     if target.sample is not None:
         exact = target.sample(jax.random.key(seed + 2), NUM_EXACT)
-        weights = kernel.weigh(mcmc.last_state, exact, jax.random.key(seed + 3))
+        weights = sampler.weigh(jax.random.key(seed + 3), exact)
         row["upper_gap"] = float(jnp.nanmean(weights)) - target.log_z
-    fresh = kernel.propose(mcmc.last_state, NUM_PROPOSALS, jax.random.key(seed + 4))
+    fresh = sampler.draw(jax.random.key(seed + 4), NUM_PROPOSALS)
     weight = jax.nn.softmax(jnp.nan_to_num(fresh.log_weight, nan=-jnp.inf))
     draws = mcmc.get_samples()["x"]
     row |= mass_errors(target, fresh.x, weight)

@@ -21,7 +21,7 @@ from numpyro_sbtm.core import (
     log_variance,
     two_pass_gradient,
 )
-from numpyro_sbtm.kernels.diffusion import PROCESSES
+from numpyro_sbtm.methods.diffusion import PROCESSES
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.targets import nine_modes
 

@@ -20,7 +20,9 @@ from benchmarks.chains import NUM_CHAINS, NUM_DRAWS, timed_chains
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report, targets
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Target
-from numpyro_sbtm.kernels.problem import from_model, logdensity
+from numpyro_sbtm.kernels.model import Model, from_model
+from numpyro_sbtm.kernels.problem import logdensity
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.warm_start import tempered_particles
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -150,14 +152,10 @@ def smc(problem, seed):
     start = time.perf_counter()
     setup = from_model(
         key_model,
-        problem.model,
-        problem.args,
-        {},
+        Model(problem.model, problem.args, {}, init_to_uniform, False),
         num_chains=1,
-        num_starts=8,
-        init_strategy=init_to_uniform,
+        search=Search(),
         init_params=None,
-        forward_mode=False,
     )
     dim = setup.scouts.shape[1]
     target = Target(logdensity(setup, problem.args, {}, False), dim)

@@ -346,7 +346,7 @@ def test_clear_errors():
             path()
     with pytest.raises(ValueError, match="`conditional_ess` must lie between 0 and 1, got 2"):
         geometric(conditional_ess=2.0)
-    with pytest.raises(ValueError, match=r"`annealing` asks for a flow.*noisy=False"):
+    with pytest.raises(ValueError, match=r"`annealing` is .* and asks for a flow.*noisy=False"):
         transport(correlated(), NET, optax.sgd(1.0), noisy=True, annealing=geometric())
     with pytest.raises(ValueError, match=r"`preconditioned` asks for a flow.*noisy=False"):
         transport(correlated(), NET, optax.sgd(1.0), noisy=True, preconditioned=True)

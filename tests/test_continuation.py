@@ -14,7 +14,8 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
 from test_kernel_driver import make, one_kind_quickly
 
-from numpyro_sbtm import report, sampler
+from numpyro_sbtm import learned as before_draws
+from numpyro_sbtm import report
 from numpyro_sbtm.core.maps import affine
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.kernels.fingerprint import fingerprint
@@ -165,7 +166,7 @@ def test_unpickled_runs_search_for_nothing(by, monkeypatch):
     mcmc.post_warmup_state = mcmc.last_state
     data = pickle.dumps(mcmc)
     mcmc.run(random.key(1), *args)
-    monkeypatch.setattr(sampler, "find_start", _no_search)
+    monkeypatch.setattr(before_draws, "find_start", _no_search)
     again = pickle.loads(data)
     assert np.isfinite(report(again, num_proposals=500).log_evidence)
     again.run(random.key(1), *args)
@@ -178,8 +179,8 @@ def _bowl(z):
 
 def test_chains_in_sequence_share_one_search_and_one_training(monkeypatch):
     searches = []
-    find_start = sampler.find_start
-    monkeypatch.setattr(sampler, "find_start", lambda *args: searches.append(1) or find_start(*args))
+    find_start = before_draws.find_start
+    monkeypatch.setattr(before_draws, "find_start", lambda *args: searches.append(1) or find_start(*args))
     y = np.zeros(2, np.float32)
     kernel = make(
         "dis", conjugate, precondition=(np.full(1, 3.0), np.eye(1))
@@ -202,7 +203,7 @@ def test_chains_with_samplers_of_their_own_keep_all_modes_that_each_of_them_foun
     kernel = make("dis", potential_fn=_bowl, shared=False)
     x = jnp.linspace(-3.0, 3.0, 64)[:, None]
     finds = iter([_found(x, num) for num in (1, 3)])
-    monkeypatch.setattr(sampler, "find_start", lambda *args: next(finds))
+    monkeypatch.setattr(before_draws, "find_start", lambda *args: next(finds))
     state = kernel.init(random.split(random.key(0), 2), 1, {"a": jnp.zeros((2, 1))})
     assert next(finds, None) is None  # each chain searched
     weight = jnp.exp(state.learned.located.reference.log_weight)

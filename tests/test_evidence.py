@@ -71,7 +71,7 @@ def test_error_bars_cover_the_log_evidence(name, compiled_once):
         kernel = KERNELS[kinds[seed % 2]](problem.model)
         mcmc = MCMC(kernel, num_warmup=200, num_samples=1, progress_bar=False)
         mcmc.warmup(jax.random.key(seed), *problem.args)
-        fresh = kernel.propose(mcmc.last_state, 4000, jax.random.key(100 + seed), problem.args)
+        fresh = kernel.sampler(mcmc.last_state, problem.args).draw(jax.random.key(100 + seed), 4000)
         found, error = log_evidence(fresh.log_weight)
         scores.append((float(found) - problem.log_evidence) / float(error))
     print(f"\n{name}: {np.round(scores, 1)}")

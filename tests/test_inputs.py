@@ -42,6 +42,8 @@ from numpyro_sbtm import (
     SBTMKernel,
     Search,
     TransportTraining,
+    learn,
+    learn_density,
     plots,
     report,
 )
@@ -200,13 +202,16 @@ def build(kind="dis", *args, **options):
 
 def set_up(kernel, *args, init_params=None, chains=1, warmup=4, **kwargs):
     """Run a kernel up to its search."""
-    check = kernel._check_posterior
+    method = kernel._settings.method
 
-    def stop(logdensity_fn, x):
-        check(logdensity_fn, x)
-        raise Ready
+    class Stopping:
+        always_trains, shortens = method.always_trains, method.shortens
 
-    kernel._check_posterior = stop
+        def check(self, logdensity_fn, x):
+            method.check(logdensity_fn, x)
+            raise Ready
+
+    kernel._settings = kernel._settings._replace(method=Stopping())
     chain_method = "vectorized" if chains > 1 else "sequential"
     mcmc = MCMC(
         kernel,
@@ -251,10 +256,11 @@ def numbers():
     """What every option that is a number refuses, and what it takes."""
     counted = {
         "dis": ["num_steps", "num_paths", "num_times", "coarse_steps", "patience"],
-        "sbtm": ["num_particles", "num_maps", "num_updates", "batch_size"],
-        "diffusion": ["num_updates", "buffer_size"],
+        "sbtm": ["num_particles", "num_maps", "num_updates", "batch_size", "max_rounds", "first_updates"],
+        "diffusion": ["num_updates", "buffer_size", "exploration_steps"],
     }
     counted["dis"] += ["block_size", "steps_per_draw", "num_starts", "num_prior_draws", "first_particles"]
+    counted["sbtm"] += ["num_probes"]
     counted["dis"] += [
         "num_moves",
         "num_checked",
@@ -271,9 +277,10 @@ def numbers():
             yield bad(name, 10**12, ValueError, f"`{name}` must be a whole number from .*, got 10000", kind)
     real = {
         "dis": ["learning_rate", "scale", "target_acceptance"],
-        "sbtm": ["learning_rate", "scale", "duration", "tolerance"],
-        "diffusion": ["exploration", "trust_region", "score_clip"],
+        "sbtm": ["learning_rate", "scale", "duration", "tolerance", "max_stretch"],
+        "diffusion": ["exploration", "trust_region", "score_clip", "average_decay", "good_enough"],
     }
+    real["diffusion"] += ["backward_share"]
     for kind, names in real.items():
         for name in names:
             for value in (float("nan"), float("inf"), 1e9, -1.0):
@@ -288,6 +295,11 @@ OPTIONS = [
     option("learning_rate", np.float32(1e-3)),
     option("learning_rate", jnp.asarray(1e-3)),
     option("learning_rate", 1),
+    *(bad(name, "yes", TypeError, f"`{name}` must be True or False", "sbtm") for name in ("heun", "quasi")),
+    bad("preconditioned", 1, TypeError, "`preconditioned` must be True or False, got 1", "sbtm"),
+    bad("quasi", True, ValueError, "`quasi` asks for one normal distribution", "sbtm"),
+    bad("heun", True, ValueError, "`heun` asks for a flow.*noisy=False", "sbtm", noisy=True),
+    bad("preconditioned", True, ValueError, "asks for a flow.*noisy=False", "sbtm", noisy=True),
     option("shared", np.bool_(False)),
     option("always", True),
     option("patience", None),
@@ -916,24 +928,39 @@ OTHERS = [
     ),
     ("sample before init", lambda: build().sample(None, (), {}), (TypeError, "`state` must .*got None")),
     (
-        "propose before the run",
-        lambda: build().propose(None, 1, random.key(0)),
+        "sampler before the run",
+        lambda: build().sampler(None),
         (TypeError, "`state` must .*got None.*mcmc.last_state"),
     ),
     (
-        "no proposals",
-        lambda: build().propose(None, 0, random.key(0)),
-        (ValueError, "`num_proposals` .*, got 0"),
+        "learning without steps",
+        lambda: learn(random.key(0), normal, num_steps=0),
+        (ValueError, "`num_steps` .*, got 0"),
     ),
     (
-        "half a proposal",
-        lambda: build().propose(None, 2.5, random.key(0)),
-        (TypeError, "`num_proposals` .*, got 2.5"),
+        "learning half a step",
+        lambda: learn(random.key(0), normal, num_steps=2.5),
+        (TypeError, "`num_steps` .*, got 2.5"),
     ),
     (
-        "points without a state",
-        lambda: build().weigh(None, np.ones((1, 1)), random.key(0)),
-        (TypeError, "`state` must .*got None.*mcmc.last_state"),
+        "learning without a key",
+        lambda: learn(0, normal),
+        (TypeError, "`key` must be a random key, got 0"),
+    ),
+    (
+        "learning a density from a point",
+        lambda: learn_density(random.key(0), lambda x: 0.0, np.zeros(2)),
+        (ValueError, "`points` must have shape .*got .2.*point.None."),
+    ),
+    (
+        "learning a density from nowhere",
+        lambda: learn_density(random.key(0), lambda x: jnp.sum(x) / 0.0, np.zeros((3, 2))),
+        (ValueError, "`points` must have one of finite density.*none of the 3"),
+    ),
+    (
+        "learning a density by name",
+        lambda: learn_density(random.key(0), lambda x: 0.0, np.zeros((3, 2)), method="dis"),
+        (TypeError, "`method` must be a `Diffusion` or a `Transport`, got 'dis'"),
     ),
 ]
 
@@ -989,25 +1016,24 @@ def test_data_frames_that_a_model_reads_reach_proposals(finished):
     kernel = finished.sampler.wrap_model(of_frame)
     arguments = (pd.DataFrame({"y": [0.0, 1.0]}),)
     state = kernel.init(random.key(0), 2, model_args=arguments)
-    assert kernel.propose(state, 3, random.key(1), arguments).x.shape == (3, 1)
+    assert kernel.sampler(state, arguments).draw(random.key(1), 3).x.shape == (3, 1)
 
 
 def test_proposals_and_weights_check_their_arguments(finished):
     kernel, state, key = finished.sampler, finished.last_state, random.key(0)
+    sampler = kernel.sampler(state, finished._args, finished._kwargs)
     for num, error in ((0, ValueError), (2.5, TypeError), (True, TypeError)):
-        with pytest.raises(error, match=f"`num_proposals` must be a whole number .*, got {num}"):
-            kernel.propose(state, num, key)
+        with pytest.raises(error, match=f"`n` must be a whole number .*, got {num}"):
+            sampler.draw(key, num)
     for x in (np.ones(2), np.ones((3, 3)), np.ones((0, 2)), 1.0):
-        with pytest.raises(ValueError, match=r"`x` must be points .*\[n, 2\], got shape .*`propose`"):
-            kernel.weigh(state, x, key)
+        with pytest.raises(ValueError, match=r"`x` must be points .*\[n, 2\], got shape .*`draw`"):
+            sampler.weigh(key, x)
     for wrong in (None, (1, 2), state.learned):
         with pytest.raises(TypeError, match=r"`state` must be that of a run .*mcmc.last_state"):
-            kernel.propose(wrong, 3, key)
-        with pytest.raises(TypeError, match=r"`state` must be that of a run .*mcmc.last_state"):
-            kernel.weigh(wrong, np.ones((3, 2)), key)
+            kernel.sampler(wrong)
     for wrong in (0, None, random.split(key)):
-        with pytest.raises(TypeError, match=r"`rng_key` must be a random key.*jax.random.key"):
-            kernel.propose(state, 3, wrong)
+        with pytest.raises(TypeError, match=r"`key` must be a random key.*jax.random.key"):
+            sampler.draw(wrong, 3)
 
 
 def test_the_table_is_long():

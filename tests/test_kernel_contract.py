@@ -20,7 +20,7 @@ from numpyro.infer.reparam import LocScaleReparam
 from scipy.stats import norm
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
-from numpyro_sbtm.kernels import base
+from numpyro_sbtm.kernels import memory
 
 KINDS = {
     "dis": (LogVarianceDISKernel, {"num_steps": 4, "num_paths": 16, "num_times": 4}),
@@ -246,7 +246,7 @@ def test_compiled_programs_are_dropped_before_memory_mappings_run_out(monkeypatc
     kernel = make("dis", normal)
     kernel.init(random.key(0), 6)
     assert not calls  # one run is far from the limit
-    monkeypatch.setattr(base, "_MAX_MAPPINGS", 0.0)
+    monkeypatch.setattr(memory, "_MAX_MAPPINGS", 0.0)
     kernel.init(random.key(0), 6)
     assert calls == [1] * os.path.exists("/proc/self/maps")
 

@@ -221,7 +221,7 @@ def test_warmup_then_run_is_run_and_thinning_takes_every_third(trained):
 def test_pickled_runs_and_kernels_go_on(trained):
     kernel = pickle.loads(pickle.dumps(trained.mcmc.sampler))
     assert type(kernel) is type(trained.mcmc.sampler)
-    assert kernel.propose(trained.state, 10, random.key(0), (Y,)).x.shape == (10, 3)
+    assert kernel.samplers(trained.state, (Y,))[0].draw(random.key(0), 10).x.shape == (10, 3)
     mcmc = pickle.loads(trained.pickled)
     assert_same_tree(mcmc.get_samples(), trained.samples)
     mcmc.post_warmup_state = mcmc.last_state

@@ -11,7 +11,7 @@ from jax.experimental.key_reuse import _core as key_reuse
 
 from numpyro_sbtm.core import DiffusionOptions, diffusion, dis
 from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
-from numpyro_sbtm.kernels.diffusion import DIVERGENCES, PROCESSES
+from numpyro_sbtm.methods.diffusion import DIVERGENCES, PROCESSES
 from numpyro_sbtm.networks import denoiser, score_mlp
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.warm_start import warm_start

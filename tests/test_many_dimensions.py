@@ -138,7 +138,7 @@ def test_a_fit_tells_particles_of_its_mode_from_those_of_another(dim, distance):
 
 
 def test_refinement_needs_few_enough_dimensions():
-    with pytest.raises(ValueError, match="up to 128 dimensions, got 129"):
+    with pytest.raises(ValueError, match=r"`max_dense_dim` = 128 dimensions, got 129"):
         warm_start(Target(lambda x: -0.5 * jnp.sum(x**2), 129), jnp.arange(129), Search(refine=True))
 
 

@@ -16,7 +16,10 @@ from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal, Auto
 
 from numpyro_sbtm import DiffusionKernel, LogVarianceDISKernel, factorisations, report
 from numpyro_sbtm.core import Target
-from numpyro_sbtm.kernels.problem import from_model, from_potential, logdensity
+from numpyro_sbtm.kernels.model import Model, from_model
+from numpyro_sbtm.kernels.potential import from_potential
+from numpyro_sbtm.kernels.problem import logdensity
+from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.fit import first_guesses
 
 WARMUP = {"dis": 300, "sbtm": 150}
@@ -119,6 +122,11 @@ def test_guides_precondition(make_guide):
     assert np.all(np.abs(slope.mean(0) - least_squares) < 0.2 * slope.std(0))
 
 
+def problem_of(model, *args):
+    bound = Model(model, args, {}, init_to_uniform, False)
+    return from_model(jax.random.key(0), bound, num_chains=1, search=Search(num_starts=2), init_params=None)
+
+
 # ------------------------------------------------------------------ large data
 def test_large_data_is_evaluated_a_few_points_at_a_time():
     """A million rows: memory is that of a few points, and the values are those of the model."""
@@ -131,8 +139,7 @@ def test_large_data_is_evaluated_a_few_points_at_a_time():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 3)).astype(np.float32)
     y = x @ np.array([1.0, 0.0, -1.0], np.float32)
-    options = {"num_chains": 1, "num_starts": 2, "init_strategy": init_to_uniform, "init_params": None}
-    problem = from_model(jax.random.key(0), model, (x, y), {}, forward_mode=False, **options)
+    problem = problem_of(model, x, y)
     assert problem.together < 100
     slopes = 0.1 * jax.random.normal(jax.random.key(1), (8, 16, 3))
 
@@ -364,9 +371,8 @@ def test_the_search_climbs_a_differential_equation():
         z = odeint(lambda z, t, k: -k * z, jnp.ones(()), times, jnp.exp(log_rate), rtol=1e-5, atol=1e-5)
         numpyro.sample("y", dist.Normal(z, 0.05), obs=y)
 
-    options = {"num_chains": 1, "num_starts": 2, "init_strategy": init_to_uniform, "init_params": None}
     y = jnp.exp(-rate * times)
-    problem = from_model(jax.random.key(0), model, (y,), {}, forward_mode=False, **options)
+    problem = problem_of(model, y)
     target = Target(logdensity(problem, (y,), {}, False), 1)
     guesses = jax.jit(lambda x: first_guesses(target, x, x, jnp.arange(1)))(problem.starts[:1])
     np.testing.assert_allclose(guesses.loc[0], np.log(rate), atol=0.02)

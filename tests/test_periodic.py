@@ -17,8 +17,10 @@ from scipy.special import i0e
 from scipy.special import log_ndtr as exact_log_ndtr
 
 from numpyro_sbtm import report
+from numpyro_sbtm.kernels.model import Model, from_model
 from numpyro_sbtm.kernels.periodic import Direction, find_centres, log_window, wrap
-from numpyro_sbtm.kernels.problem import from_model, logdensity
+from numpyro_sbtm.kernels.problem import logdensity
+from numpyro_sbtm.options import Search
 
 REAL, IMPROPER = dist.constraints.real, dist.ImproperUniform
 PERIODS = 2 * np.pi * np.arange(-3, 4)
@@ -54,14 +56,10 @@ def exact_angles(y):
 def problem_of(model, *args, key=None):
     return from_model(
         jax.random.key(0) if key is None else key,
-        model,
-        args,
-        {},
+        Model(model, args, {}, init_to_uniform, False),
         num_chains=1,
-        num_starts=4,
-        init_strategy=init_to_uniform,
+        search=Search(num_starts=4),
         init_params=None,
-        forward_mode=False,
     )
 
 

@@ -46,7 +46,7 @@ from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.processes.grids import cosine_grid, vp_grid
 from numpyro_sbtm.core.transition import Gaussian
 from numpyro_sbtm.core.weights import log_evidence, reachable
-from numpyro_sbtm.kernels.diffusion import DIVERGENCES, PROCESSES
+from numpyro_sbtm.methods.diffusion import DIVERGENCES, PROCESSES
 from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.targets import gaussian
 

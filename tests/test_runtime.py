@@ -138,7 +138,9 @@ def test_twenty_searches_of_a_factor_model_end():
         from jax.scipy.linalg import cho_solve
         from numpyro.infer import init_to_uniform
         from numpyro_sbtm.core import Target
-        from numpyro_sbtm.kernels.problem import from_model, logdensity
+        from numpyro_sbtm.kernels.model import Model, from_model
+        from numpyro_sbtm.kernels.problem import logdensity
+        from numpyro_sbtm.options import Search
         from numpyro_sbtm.search.warm_start import warm_start
 
         rng = np.random.default_rng(0)
@@ -152,10 +154,10 @@ def test_twenty_searches_of_a_factor_model_end():
             distance = jnp.trace(cho_solve((root, True), squares))
             numpyro.factor("y", -100 * jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * distance)
 
-        options = dict(num_chains=1, num_starts=8, init_strategy=init_to_uniform, init_params=None)
-        problem = from_model(jax.random.key(0), model, (squares,), {}, forward_mode=False, **options)
+        bound = Model(model, (squares,), {}, init_to_uniform, False)
+        problem = from_model(jax.random.key(0), bound, num_chains=1, search=Search(), init_params=None)
         target = Target(logdensity(problem, (squares,), {}, False), 18)
-        stages = [jax.jit(stage) for stage in warm_start(target, jnp.asarray(problem.order))]
+        stages = [jax.jit(stage) for stage in warm_start(target, jnp.asarray(problem.order), Search())]
         for seed in range(20):
             # the first one compiles
             faulthandler.dump_traceback_later(600 if seed else 3600, exit=True)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of faults: each alone turns the right verdict, prints its limit and names its cure."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +11,10 @@ from helpers import run_chains
 
 from numpyro_sbtm import LogVarianceDISKernel, report
 from numpyro_sbtm.core.decay import Rays
-from numpyro_sbtm.kernels.base import absolute
+from numpyro_sbtm.core.evidence import from_proposals, lower_bound
 from numpyro_sbtm.reporting.convergence import convergence
-from numpyro_sbtm.reporting.evidence import from_chains, from_proposals, lower_bound
+from numpyro_sbtm.reporting.evidence import from_chains
+from numpyro_sbtm.reporting.finished import absolute
 from numpyro_sbtm.reporting.report import _KEY, _endless
 from numpyro_sbtm.reporting.verdict import Measured, checks, judge, printed_error
 
@@ -390,9 +389,10 @@ def test_the_bound_leaves_out_what_is_hardly_there():
     "offset, added", [(-1e6, np.full((2, 3), -1e6)), ([-1e6, 3.0], [[-1e6] * 3, [3.0] * 3])]
 )
 def test_the_offset_is_added_in_double_precision(offset, added):
-    state = SimpleNamespace(learned=SimpleNamespace(offset=np.asarray(offset)))
     values = jnp.array([[1.25, 2.0, 1e-3]] * 2, jnp.float32)
-    np.testing.assert_allclose(absolute(values, state) - np.array(added), np.asarray(values), atol=1e-9)
+    np.testing.assert_allclose(
+        absolute(values, np.asarray(offset)) - np.array(added), np.asarray(values), atol=1e-9
+    )
 
 
 def test_coordinates_without_an_end_are_found():

@@ -311,7 +311,9 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess, refined
 def judged(target, whitening, reference, points, seed=0):
     """What a check says of a mixture of one component, and of particles."""
     zero = jnp.zeros(())
-    found = run_stages([_check(target, True)], whitening, reference, points, zero, zero, jax.random.key(seed))
+    found = run_stages(
+        [_check(target, Search(), True)], whitening, reference, points, zero, zero, jax.random.key(seed)
+    )
     warm = _judged(found)
     return warm, bool(warm.outside)
 
@@ -407,7 +409,7 @@ def test_refinement_reaches_into_a_neck():
 
     # all of the law stays as it is; where the neck is cut off, most of it comes back
     first = affine(jnp.zeros(3), jnp.eye(3), jnp.arange(3))
-    refine = jax.jit(warm_start(target, jnp.arange(3), True)[3])
+    refine = jax.jit(warm_start(target, jnp.arange(3), Search(refine=True))[3])
     for cut, least, most in ((-np.inf, 0.045, 0.067), (-6.0, 0.028, 0.067)):
         x = jnp.resize(exact[exact[:, 0] > cut], (4096, 3))
         zero = jnp.zeros(())

@@ -76,7 +76,7 @@ def from_proposals(log_weight: Float[np.ndarray, " n"]) -> Estimate:
     values, largest = centred(log_weight)
     weights = jnp.asarray(np.where(np.isfinite(values), values, -np.inf))
     (log_z, error), khat, fraction, unseen = jax.tree.map(float, described(weights))
-    heavy = may_be_heavy(khat, values.size)
+    heavy = may_be_heavy(khat, float(values.size))
     if np.isfinite(log_z) and heavy:
         error = max(error, float(unseen_share(weights, khat)))
     return Estimate(log_z + largest, error, khat, fraction, heavy, unseen)

@@ -14,7 +14,7 @@ from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.kernels.base import LearnedKernel
 from numpyro_sbtm.sampler import Run, Sampler
 
-__all__ = ["Finished", "finished"]
+__all__ = ["Finished", "absolute", "finished"]
 
 
 class Finished(NamedTuple):
@@ -61,6 +61,12 @@ def finished(run: Any) -> Finished:
     return _of_mcmc(run)
 
 
+def absolute(log_weight: Any, offset: Any) -> Float[np.ndarray, "C n"]:
+    """Give chains' log weights their offset back, in float64: one, or one for every chain."""
+    offset = np.asarray(offset, np.float64)
+    return np.asarray(log_weight, np.float64) + (offset[:, None] if offset.ndim else offset)
+
+
 def _of_sampler(run: Run) -> Finished:
     names = jax.eval_shape(run.sampler.posterior.unravel, run.x[0, 0])
     return Finished(
@@ -91,14 +97,13 @@ def _of_mcmc(mcmc: MCMC) -> Finished:
             f"its log density, {-float(np.max(np.asarray(state.potential_energy)))}."
         )
     samplers = kernel.samplers(state, mcmc._args, mcmc._kwargs)
-    log_weight = np.asarray(mcmc.get_extra_fields(group_by_chain=True)["log_weight"], np.float64)
-    offset = np.asarray(state.learned.offset, np.float64)
+    log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]
     return Finished(
         samplers=samplers,
         corrected=kernel.corrected,
         sites=mcmc.get_samples(group_by_chain=True),
         latent=state.z if kernel.model is not None else None,
-        log_weight=log_weight + (offset[:, None] if offset.ndim else offset),
+        log_weight=absolute(log_weight, state.learned.offset),
         acceptance=np.atleast_1d(np.asarray(state.mean_accept_prob)),
         nonfinite=int(np.sum(np.asarray(state.nonfinite_proposals))),
         other_data=bool(np.any(np.asarray(state.learned.data) != np.asarray(state.data))),

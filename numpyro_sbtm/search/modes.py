@@ -97,7 +97,7 @@ def separate_fits(
     toward = (loc[:, None] - loc) ** 2 / (0.5 * (std[:, None] ** 2 + std**2))
     noise = jax.random.normal(key, (_NUM_PAIRS, dim), loc.dtype)
 
-    def elbo(fit: Float[Array, " 2d"]) -> Float[Array, ""]:
+    def elbo(fit: Float[Array, " d2"]) -> Float[Array, ""]:
         loc, log_std = jnp.split(fit, 2)
         x = loc + jnp.exp(log_std) * jnp.concatenate([noise, -noise])
         return jnp.mean(jax.vmap(logdensity_fn)(x)) + jnp.sum(log_std)

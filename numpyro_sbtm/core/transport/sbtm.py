@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.checks import shown
 from numpyro_sbtm.core.algorithm import Algorithm, Info
 from numpyro_sbtm.core.divergence import log_variance
 from numpyro_sbtm.core.net import Net
@@ -139,10 +140,10 @@ def check_transport(options: TransportOptions, dim: int, annealing: Annealing | 
     if is_noisy(options, dim):
         options.check_flow()
         if annealing is not None:
-            by_default = f", which they are in {dim} dimensions" if options.noisy is None else ""
+            by_default = f", as in {dim} dimensions by default," if options.noisy is None else ""
             raise ValueError(
-                f"`annealing` asks for a flow: noisy draws{by_default} move by the target's own score. Pass "
-                "`noisy=False`, or no annealing."
+                f"`annealing` is {shown(annealing)} and asks for a flow, but draws are noisy{by_default} "
+                "and move by the target's own score. Pass `noisy=False`, or no annealing."
             )
 
 
