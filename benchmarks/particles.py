@@ -12,7 +12,7 @@ import optax
 from numpyro_sbtm.core.mixture import normal
 from numpyro_sbtm.core.score import implicit_score_loss
 from numpyro_sbtm.networks import score_mlp
-from numpyro_sbtm.search.warm_start import tempered_particles
+from numpyro_sbtm.search.temper import tempered_particles
 
 __all__ = ["langevin", "mass_errors", "plain_transport", "svgd", "tempered"]
 

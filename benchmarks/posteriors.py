@@ -23,7 +23,7 @@ from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.kernels.model import Model, from_model
 from numpyro_sbtm.kernels.problem import logdensity
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.warm_start import tempered_particles
+from numpyro_sbtm.search.temper import tempered_particles
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import eight_schools

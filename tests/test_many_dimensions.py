@@ -16,9 +16,10 @@ from numpyro_sbtm.core.maps import LowRank, whiten
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.weights import ess_fraction, log_evidence
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.fit import diagonal_guesses
+from numpyro_sbtm.search.guesses import diagonal_guesses
 from numpyro_sbtm.search.modes import describe_modes, fit_normal, log_evidence_by_bridge, separate_fits
-from numpyro_sbtm.search.warm_start import _add_missing, _draw_modes, warm_start
+from numpyro_sbtm.search.warm_start import _add_missing, warm_start
+from numpyro_sbtm.search.wide import _draw_modes
 
 
 def direction(dim):

@@ -20,7 +20,7 @@ from numpyro_sbtm.kernels.model import Model, from_model
 from numpyro_sbtm.kernels.potential import from_potential
 from numpyro_sbtm.kernels.problem import logdensity
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.fit import first_guesses
+from numpyro_sbtm.search.guesses import first_guesses
 
 WARMUP = {"dis": 300, "sbtm": 150}
 

@@ -20,10 +20,12 @@ from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.fit import Fit, _laplace, _pool, first_guesses, fit
+from numpyro_sbtm.search.fit import Fit, _pool, fit
 from numpyro_sbtm.search.fit_points import fit_points
+from numpyro_sbtm.search.guesses import _laplace, first_guesses
 from numpyro_sbtm.search.ladder import StartingPoints, _check, _judged, find_start
-from numpyro_sbtm.search.warm_start import tempered_particles, warm_start
+from numpyro_sbtm.search.temper import tempered_particles
+from numpyro_sbtm.search.warm_start import warm_start
 from numpyro_sbtm.targets import gaussian
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -9,6 +9,7 @@ from numpyro_sbtm.checks import flag, number, optional, positive, probability, w
 __all__ = ["MOST_STEPS", "DiffusionOptions", "TransportOptions", "put"]
 
 MOST_STEPS = 2**20
+_MAX_FLOW_DIM = 32  # a draw of a flow costs as many Jacobian-vector products as there are dimensions
 
 
 def put(group: Any, **values: Any) -> None:
@@ -179,6 +180,34 @@ class TransportOptions:
         )
         if self.noisy:
             self.check_flow()
+
+    def is_noisy(self, dim: int) -> bool:
+        """Say whether draws follow the maps with noise in so many dimensions."""
+        return dim > _MAX_FLOW_DIM if self.noisy is None else self.noisy
+
+    def check_dim(self, dim: int, annealing: str | None = None) -> None:
+        """Refuse what does not go with a dimension, before anything is computed.
+
+        Args:
+            dim: the dimension d.
+            annealing: how it is called in an error; None where there is none.
+
+        Raises:
+            ValueError: for too few particles, and for what asks for a flow where draws are noisy.
+        """
+        if self.num_particles < dim + 2:
+            raise ValueError(
+                f"`num_particles` must exceed the dimension {dim} by two or more for a regular covariance, "
+                f"got {self.num_particles}."
+            )
+        if self.is_noisy(dim):
+            self.check_flow()
+            if annealing is not None:
+                by_default = f", as in {dim} dimensions by default," if self.noisy is None else ""
+                raise ValueError(
+                    f"`annealing` is {annealing} and asks for a flow, but draws are noisy{by_default} and "
+                    "move by the target's own score. Pass `noisy=False`, or no annealing."
+                )
 
     def check_flow(self) -> None:
         """Refuse what asks for a flow, where draws are noisy."""

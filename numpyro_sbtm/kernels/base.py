@@ -9,48 +9,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
-from numpyro.distributions.transforms import Transform
-from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_sbtm.checks import flag, function, shown
-from numpyro_sbtm.core.chain import ChainState
-from numpyro_sbtm.core.maps import Map
+from numpyro_sbtm.checks import flag, function
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.kernels.arguments import check_model, check_precondition
 from numpyro_sbtm.kernels.fingerprint import Fingerprint, fingerprint
-from numpyro_sbtm.kernels.guide import guide_moments
+from numpyro_sbtm.kernels.first import first_state, state_without_latents
 from numpyro_sbtm.kernels.memory import spare_memory_mappings
 from numpyro_sbtm.kernels.model import Model, from_model
-from numpyro_sbtm.kernels.periodic import wrap
 from numpyro_sbtm.kernels.posterior import Arguments, posterior_of
 from numpyro_sbtm.kernels.potential import from_potential
 from numpyro_sbtm.kernels.problem import Problem, logdensity
 from numpyro_sbtm.kernels.sequential import Run, keys_of_sequential_run
-from numpyro_sbtm.kernels.state import KernelState, chain_axes
-from numpyro_sbtm.kernels.transform import TransformMap
+from numpyro_sbtm.kernels.state import KernelState, chain_axes, known_of
+from numpyro_sbtm.kernels.whitening import whitening_of
 from numpyro_sbtm.learned import Learned, Settings, locate
 from numpyro_sbtm.methods.base import Method
 from numpyro_sbtm.options import Correction, Search, group_of
 from numpyro_sbtm.sampler import Posterior, Sampler, trained
-from numpyro_sbtm.search.ladder import Precondition, StartingPoints
+from numpyro_sbtm.search.ladder import StartingPoints
 from numpyro_sbtm.search.offset import offset_near_mode
 
 __all__ = ["LearnedKernel"]
-
-
-def _checked(state: Any) -> tuple[Learned, ChainState]:
-    """Return what a state knows, after a look at what it is."""
-    if not isinstance(state, KernelState):
-        raise TypeError(
-            f"`state` must be that of a run of this kernel, got {shown(state)}. "
-            "Pass `mcmc.last_state` after `mcmc.run(...)`."
-        )
-    if state.learned is None or state.chain is None:
-        raise ValueError("`state` is that of a model without latent values: it has no sampler.")
-    return state.learned, state.chain
 
 
 class LearnedKernel(MCMCKernel):
@@ -184,7 +166,7 @@ class LearnedKernel(MCMCKernel):
         """
         if isinstance(state, KernelState) and state.learned is None:  # a model without latent values
             return state._replace(i=state.i + 1)
-        learned, chain = _checked(state)
+        learned, chain = known_of(state)
         num_keys = () if is_prng_key(state.rng_key) else (len(state.rng_key),)
         if num_keys != state.log_weight.shape:
             chains, given = (shape[0] if shape else 1 for shape in (state.log_weight.shape, num_keys))
@@ -211,7 +193,7 @@ class LearnedKernel(MCMCKernel):
         self, state: KernelState, problem: Problem, arguments: Arguments, data: Fingerprint
     ) -> KernelState:
         """Make a draw, by one trained sampler; in warm-up do nothing."""
-        learned, chain = _checked(state)
+        learned, chain = known_of(state)
         over = jax.vmap if state.log_weight.shape else lambda function: function
 
         def draw() -> KernelState:
@@ -273,7 +255,7 @@ class LearnedKernel(MCMCKernel):
             TypeError: for what is no state of it.
             ValueError: for the state of a model without latent values.
         """
-        learned, chain = _checked(state)
+        learned, chain = known_of(state)
         arguments = Arguments(model_args, {} if model_kwargs is None else model_kwargs)
         posterior = self._posterior_of(self._problem_of(arguments, state), arguments)
         make = partial(Sampler, posterior, self._settings, arguments.arrays())
@@ -380,7 +362,7 @@ class LearnedKernel(MCMCKernel):
         self._problem = arguments.shapes(), problem
         data = fingerprint(*arguments)
         if not problem.starts.shape[1]:
-            return _without_latents(problem, rng_key, chains, run, data)
+            return state_without_latents(problem, rng_key, arguments, data)
         if run.num_warmup < 1:
             raise ValueError(
                 f"`num_warmup` must be at least 1, got {run.num_warmup}: the sampler is trained during "
@@ -397,8 +379,9 @@ class LearnedKernel(MCMCKernel):
             learned = run.learned
         assert run.structure is not None
         may = not several and problem.small and correction.num_particles > 1
-        doubtful = may and run.structure.doubtful
-        return self._first_state(problem, learned, keys, run, data, doubtful)
+        doubtful = jnp.zeros((), bool) if may and run.structure.doubtful else None
+        sampler = self._sampler(problem, learned, arguments, doubtful)
+        return first_state(sampler, problem, keys, arguments, data)
 
     def _learn(self, key: Key, problem: Problem, run: Run, *, own: bool) -> Learned:
         """Look for the posterior, and train where draws from what was found are not good enough."""
@@ -412,7 +395,7 @@ class LearnedKernel(MCMCKernel):
             Target(lambda x: density(x) - offset, problem.starts.shape[1]),
             self._settings,
             StartingPoints(problem.starts, problem.scouts, jnp.asarray(problem.order)),
-            self._whitening(key_guide, problem, *arguments),
+            whitening_of(key_guide, self._precondition, problem, self._model, arguments),
             run.num_warmup,
             own=own,
             structure=run.structure,
@@ -424,61 +407,6 @@ class LearnedKernel(MCMCKernel):
         sampler = Sampler(run.posterior, self._settings, arguments.arrays(), learned)
         return trained(sampler, key_train).learned
 
-    def _first_state(
-        self, problem: Problem, learned: Learned, keys: Key, run: Run, data: Fingerprint, doubtful: bool
-    ) -> KernelState:
-        """Make the state before the first draw."""
-        args, kwargs = run.model_args, run.model_kwargs
-        z = problem.positions
-        energy = jax.jit(jax.vmap(problem.potential_gen(*args, **kwargs)))(z)
-        if is_prng_key(keys):
-            z, energy = jax.tree.map(lambda leaf: leaf[0], (z, energy))
-        over = jax.vmap if energy.ndim else lambda function: function
-        x = over(lambda value: ravel_pytree(value)[0])(z)
-        several = jnp.zeros((), bool) if doubtful else None
-        sampler = self._sampler(problem, learned, Arguments(args, kwargs), several)
-        chain = sampler.chain().init(x, -energy - learned.offset)
-        blank, zero = jnp.zeros_like(chain.point.log_weight), jnp.zeros((), jnp.int32)
-        state = KernelState(
-            i=zero,
-            z=z,
-            potential_energy=energy.astype(x.dtype),
-            log_weight=chain.point.log_weight,
-            accept_prob=blank,
-            mean_accept_prob=blank,
-            diverging=blank > 0,
-            nonfinite_proposals=blank.astype(jnp.int32),
-            learned=learned,
-            chain=chain,
-            data=data,
-            next_key=jax.random.key_data(keys),
-            rng_key=zero,
-        )
-        # a weakly typed leaf would turn strong in the first step, and a second program would be compiled
-        strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state)
-        return strong._replace(rng_key=keys)
-
-    def _whitening(
-        self, key: Key, problem: Problem, model_args: tuple[Any, ...], model_kwargs: dict[str, Any]
-    ) -> Precondition:
-        precondition, dim = self._precondition, problem.starts.shape[1]
-        if isinstance(precondition, AutoGuide):
-            assert self._model is not None  # checked by the constructor
-            precondition = guide_moments(key, precondition, self._model, model_args, model_kwargs)
-        if isinstance(precondition, Transform):
-            return TransformMap(precondition)
-        if isinstance(precondition, Map):
-            return precondition
-        if isinstance(precondition, tuple) and len(precondition[0]) != dim:
-            raise ValueError(
-                f"`precondition` is for dimension {len(precondition[0])}, but the posterior has "
-                f"dimension {dim} on the unconstrained space."
-            )
-        if isinstance(precondition, tuple) and problem.centre is not None:
-            # a guide knows no window and may sit in another period
-            precondition = wrap(jnp.asarray(precondition[0]), problem.centre), precondition[1]
-        return precondition
-
 
 def _like(new: KernelState, old: KernelState) -> KernelState:
     """Give every leaf the type it had."""
@@ -486,28 +414,3 @@ def _like(new: KernelState, old: KernelState) -> KernelState:
     same = lambda leaf, before: leaf.astype(before.dtype)  # noqa: E731
     typed = jax.tree.map(same, new._replace(rng_key=zero), old._replace(rng_key=zero))
     return typed._replace(rng_key=new.rng_key)
-
-
-def _without_latents(
-    problem: Problem, rng_key: Key, chains: tuple[int, ...], run: Run, data: Any
-) -> KernelState:
-    """Make the state of a model without latent values: there is nothing to learn or to draw."""
-    z = problem.positions if chains else jax.tree.map(lambda leaf: leaf[0], problem.positions)
-    one = jax.tree.map(lambda leaf: leaf[0], problem.positions)
-    energy = problem.potential_gen(*run.model_args, **run.model_kwargs)(one)
-    blank, zero = jnp.zeros(chains), jnp.zeros((), jnp.int32)
-    return KernelState(
-        i=zero,
-        z=z,
-        potential_energy=blank + energy,
-        log_weight=blank - energy,
-        accept_prob=blank + 1.0,
-        mean_accept_prob=blank + 1.0,
-        diverging=jnp.zeros(chains, bool),
-        nonfinite_proposals=jnp.zeros(chains, jnp.int32),
-        learned=None,
-        chain=None,
-        data=jnp.asarray(data),
-        next_key=jax.random.key_data(rng_key),
-        rng_key=rng_key,
-    )

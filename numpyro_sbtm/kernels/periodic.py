@@ -19,7 +19,7 @@ from numpyro.distributions import (
 )
 
 from numpyro_sbtm.core.target import Key, LogDensity
-from numpyro_sbtm.search.fit import climb
+from numpyro_sbtm.search.climb import climb
 
 __all__ = [
     "Direction",

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from numpyro_sbtm.checks import shown
 from numpyro_sbtm.core.chain import ChainState
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.kernels.fingerprint import Fingerprint
 from numpyro_sbtm.learned import Learned
 
-__all__ = ["KernelState", "chain_axes"]
+__all__ = ["KernelState", "chain_axes", "known_of"]
 
 
 class KernelState(NamedTuple):
@@ -64,3 +65,20 @@ def chain_axes(state: KernelState) -> KernelState:
     axes = jax.tree.map(lambda leaf: 0, state)
     assert axes.chain is not None
     return axes._replace(i=None, data=None, chain=axes.chain._replace(num_draws=None))
+
+
+def known_of(state: Any) -> tuple[Learned, ChainState]:
+    """Return what a state knows.
+
+    Raises:
+        TypeError: for what is no state.
+        ValueError: for that of a model without latent values.
+    """
+    if not isinstance(state, KernelState):
+        raise TypeError(
+            f"`state` must be that of a run of this kernel, got {shown(state)}. "
+            "Pass `mcmc.last_state` after `mcmc.run(...)`."
+        )
+    if state.learned is None or state.chain is None:
+        raise ValueError("`state` is that of a model without latent values: it has no sampler.")
+    return state.learned, state.chain

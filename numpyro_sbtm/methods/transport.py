@@ -15,7 +15,7 @@ from numpyro_sbtm.core.algorithm import Algorithm
 from numpyro_sbtm.core.net import Net
 from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.core.transport.annealing import Annealing, convolution, dilation, geometric, tempering
-from numpyro_sbtm.core.transport.sbtm import check_transport, sbtm
+from numpyro_sbtm.core.transport.sbtm import sbtm
 from numpyro_sbtm.methods.base import checked_optimizer
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.options import TransportTraining, group_of
@@ -99,7 +99,7 @@ class Transport:
 
     def check(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
         """Refuse too few particles, and annealing where draws are noisy."""
-        check_transport(self.training, len(x), self.annealing)
+        self.training.check_dim(len(x), None if self.annealing is None else shown(self.annealing))
 
     def check_several(self) -> None:
         """Let a first law of several components pass."""

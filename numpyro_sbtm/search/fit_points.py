@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from numpyro_sbtm.core.algorithm import guarded_update
 from numpyro_sbtm.core.maps import Triangular, affine
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.search.fit import TRIANGULAR, Shape
+from numpyro_sbtm.search.ascent import TRIANGULAR, Shape
 
 __all__ = ["fit_points"]
 

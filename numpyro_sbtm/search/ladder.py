@@ -16,7 +16,7 @@ from numpyro_sbtm.core.psis import judged_tail_index
 from numpyro_sbtm.core.target import Key, LogDensity, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.fit import dips_between
+from numpyro_sbtm.search.climb import dips_between
 from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.moves import first_step_size
 from numpyro_sbtm.search.population import NUM_WIDER, better_mixture, with_wider

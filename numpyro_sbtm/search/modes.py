@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.core.maps import LowRank, Triangular, whiten
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.search.fit import connected, leaders
+from numpyro_sbtm.search.climb import connected, leaders
 from numpyro_sbtm.search.moves import LEAPS, drift_between, hmc_moves
 
 __all__ = [

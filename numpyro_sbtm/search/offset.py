@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.compile import is_traced
 from numpyro_sbtm.core.target import LogDensity
-from numpyro_sbtm.search.fit import climb
+from numpyro_sbtm.search.climb import climb
 
 __all__ = ["offset_near_mode"]
 

@@ -7,7 +7,9 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import VectorField
 
-__all__ = ["euler_map", "log_abs_det", "spectral_norm"]
+__all__ = ["euler_map", "log_abs_det", "longest_step", "spectral_norm"]
+
+_PROBED = 64  # points at which a velocity's Lipschitz constant is measured
 
 
 def log_abs_det(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
@@ -91,3 +93,17 @@ def euler_map(
     jacobian, v = jax.jacfwd(with_value, has_aux=True)(x)
     change = step_size * jacobian
     return x + step_size * v, log_abs_det(jnp.eye(x.shape[0]) + change), spectral_norm(change)
+
+
+def longest_step(velocity: VectorField, x: Float[Array, "n d"], max_stretch: float) -> Float[Array, ""]:
+    """Compute the longest step h with h Lip(v) at most a bound, as some points show.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.transport.euler import longest_step
+        >>> round(float(longest_step(lambda x: -2.0 * x, jnp.ones((10, 3)), 0.5)), 3)
+        0.25
+    """
+    probed = x[:: max(1, len(x) // _PROBED)][:_PROBED]
+    lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(velocity)(x)))(probed))
+    return max_stretch / jnp.maximum(lipschitz, 1e-12)

@@ -10,7 +10,6 @@ follow the same velocities with noise, and the weights of their paths are exact 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,10 @@ from numpyro_sbtm.core.target import Key, Target, VectorField, value_and_score
 from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
 from numpyro_sbtm.core.transport.annealing import Annealing, next_level
 from numpyro_sbtm.core.transport.dissipation import Dissipation, dissipation
-from numpyro_sbtm.core.transport.euler import euler_map, spectral_norm
+from numpyro_sbtm.core.transport.euler import euler_map, longest_step
 from numpyro_sbtm.core.transport.maps import Maps, displacement, flow, velocity
 from numpyro_sbtm.core.transport.noisy import noisy_transport
+from numpyro_sbtm.core.transport.state import SBTMState, Scored, held_out, probes_of
 from numpyro_sbtm.core.transport.velocity import (
     KernelFit,
     NetworkFit,
@@ -45,106 +45,14 @@ from numpyro_sbtm.core.transport.velocity import (
 )
 from numpyro_sbtm.core.weights import log_variance_at
 
-__all__ = ["SBTMState", "check_transport", "is_noisy", "sbtm"]
+__all__ = ["sbtm"]
 
-_MAX_FLOW_DIM = 32  # a draw of a flow costs as many Jacobian-vector products as there are dimensions
 _PATIENCE = 15  # maps without a lower divergence after which no more are made
-_WORST_EXCESS = 1e6  # of log q over log π, relative to its mean, where the latter is not finite
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.5)  # among which the variance of the weights decides
 _FIRST_NOISE = 0.1  # while the maps are made
 _NUM_JUDGED = 256  # paths that judge each of them
 _FASTER = 2.0  # bound on a step over the one before, where steps adapt
 _ALL = 1.0 - 1e-5  # of the duration, beyond rounding
-_PROBED = 64  # particles at which the velocity's Lipschitz constant is measured before a step
-
-
-class SBTMState(NamedTuple):
-    """State of score-based transport.
-
-    Attributes:
-        step: steps done, shape ``[]``.
-        level: of the annealed target, 1 for the target itself, shape ``[]``.
-        particles: the training particles, shape ``[n, d]``.
-        scores: the annealed target's score at the particles, zero where it is not finite, shape ``[n, d]``.
-        opt_state: state of the network's optimiser.
-        current: the map being learned, with step size zero, without the leading axis.
-        maps: the maps made so far.
-        probes: points for no training, carried along, shape ``[m, d]``.
-        probe_scores: the annealed target's score at the probes, shape ``[m, d]``.
-        target_scores: the target's own, shape ``[m, d]``.
-        log_target: the target's log density there, shape ``[m]``.
-        probe_log_q: log density of the law they come from, shape ``[m]``; of noisy paths, forward over
-            backward density.
-        divergence: KL(q | π) - log Z after every map, from the probes of finite density and for q without the
-            others; its first entry is before any, shape ``[K+1]``.
-        dissipation: of every map, from the probes before it; NaN for those not made, each of shape ``[K]``.
-        levels: of every map, shape ``[K]``.
-        variance: of the probes' log weights after the last map, shape ``[]``.
-        noise: b of noisy draws, shape ``[]``; zero for the flow.
-        velocities: of the particles during the last map, zero before the first, shape ``[n, d]``; None where
-            steps do not adapt.
-    """
-
-    step: Int[Array, ""]
-    level: Float[Array, ""]
-    particles: Float[Array, "n d"]
-    scores: Float[Array, "n d"]
-    opt_state: optax.OptState
-    current: Maps
-    maps: Maps
-    probes: Float[Array, "m d"]
-    probe_scores: Float[Array, "m d"]
-    target_scores: Float[Array, "m d"]
-    log_target: Float[Array, " m"]
-    probe_log_q: Float[Array, " m"]
-    divergence: Float[Array, " K1"]
-    dissipation: Dissipation
-    levels: Float[Array, " K"]
-    variance: Float[Array, ""]
-    noise: Float[Array, ""]
-    velocities: Float[Array, "n d"] | None
-
-
-class _Scored(NamedTuple):
-    """What the densities say of particles and probes.
-
-    Attributes:
-        scores: the annealed target's at the particles, bounded, shape ``[n, d]``.
-        probe_scores: the annealed target's at the probes, shape ``[m, d]``.
-        target_scores: the target's own there, shape ``[m, d]``.
-        log_target: its log density there, shape ``[m]``.
-    """
-
-    scores: Float[Array, "n d"]
-    probe_scores: Float[Array, "m d"]
-    target_scores: Float[Array, "m d"]
-    log_target: Float[Array, " m"]
-
-
-def is_noisy(options: TransportOptions, dim: int) -> bool:
-    """Say whether draws follow the maps with noise in so many dimensions."""
-    return dim > _MAX_FLOW_DIM if options.noisy is None else options.noisy
-
-
-def check_transport(options: TransportOptions, dim: int, annealing: Annealing | str | None) -> None:
-    """Refuse options that do not go with a dimension, before anything is computed.
-
-    Raises:
-        ValueError: for too few particles, and for what asks for a flow where draws are noisy.
-    """
-    if options.num_particles < dim + 2:
-        raise ValueError(
-            f"`num_particles` must exceed the dimension {dim} by two or more for a regular covariance, "
-            f"got {options.num_particles}."
-        )
-    if is_noisy(options, dim):
-        options.check_flow()
-        if annealing is not None:
-            by_default = f", as in {dim} dimensions by default," if options.noisy is None else ""
-            raise ValueError(
-                f"`annealing` is {shown(annealing)} and asks for a flow, but draws are noisy{by_default} "
-                "and move by the target's own score. Pass `noisy=False`, or no annealing."
-            )
 
 
 def sbtm(
@@ -202,7 +110,7 @@ def sbtm(
         >>> algorithm.proposal.draw(jax.random.key(2), algorithm.parameters(state), 5).log_weight.shape
         (5,)
     """
-    check_transport(options, target.dim, annealing)
+    options.check_dim(target.dim, None if annealing is None else shown(annealing))
     base = standard_normal(target.dim) if base is None else base
     if options.quasi and not isinstance(base, Gaussian):
         raise ValueError(
@@ -220,7 +128,7 @@ def sbtm(
         fit = NetworkFit(net, optimiser, base, options)
     num_maps = options.num_maps if num_steps is None else min(options.num_maps, num_steps)
     steps_per_map = 1 if num_steps is None else num_steps // num_maps
-    noisy = is_noisy(options, target.dim)
+    noisy = options.is_noisy(target.dim)
     transport = _Transport(
         target, net, optimiser, options, base, annealing, fit, num_maps, steps_per_map, noisy
     )
@@ -232,23 +140,6 @@ def sbtm(
     single = flow(net, base, target)
     several = independent_ensemble(single, smc_particles) if smc_particles > 1 else None
     return Algorithm(transport.init, transport.step, transport.best, single, several)
-
-
-def _held_out(
-    log_q: Float[Array, " m"], log_target: Float[Array, " m"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute the divergence, but for log Z, and the variance of the log weights.
-
-    Draws whose density is not finite are left out, so that what counts is q without them, of which a share
-    is left: its density is q over the share.
-    """
-    excess = log_q - log_target
-    there = jnp.isfinite(excess)
-    share = jnp.mean(there, dtype=excess.dtype)
-    mean = jnp.mean(excess, where=there)
-    variance = jnp.var(jnp.where(there, excess - mean, _WORST_EXCESS))
-    some = share > 0.0
-    return jnp.where(some, mean - jnp.log(share), jnp.inf), jnp.where(some, variance, jnp.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,17 +164,17 @@ class _Transport:
 
     def score(
         self, level: Float[Array, ""], particles: Float[Array, "n d"], probes: Float[Array, "m d"]
-    ) -> _Scored:
+    ) -> Scored:
         """Evaluate the densities at particles and probes, in one batch."""
         n, points = len(particles), jnp.concatenate([particles, probes])
         if self.annealing is None:
             values, scores = jax.vmap(lambda y: value_and_score(self.target, y))(points)
-            return _Scored(bounded(scores[:n]), scores[n:], scores[n:], values[n:])
+            return Scored(bounded(scores[:n]), scores[n:], scores[n:], values[n:])
         annealed = self.annealing.at(self.target, self.base, level)
         (values, scores), (_, between) = jax.vmap(
             lambda y: (value_and_score(self.target, y), value_and_score(annealed, y))
         )(points)
-        return _Scored(bounded(between[:n]), between[n:], scores[n:], values[n:])
+        return Scored(bounded(between[:n]), between[n:], scores[n:], values[n:])
 
     # ------------------------------------------------------------------ the start
     def start(self, key_particles: Key, key_probes: Key) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
@@ -308,7 +199,7 @@ class _Transport:
         current = affine_part(ScoredPoints(particles, scored.scores), params)
         one = current._replace(second=current) if self.options.heun else current
         maps = jax.tree.map(lambda leaf: jnp.zeros((self.num_maps, *leaf.shape), leaf.dtype), one)
-        divergence, variance = _held_out(log_q, scored.log_target)
+        divergence, variance = held_out(log_q, scored.log_target)
         unknown = jnp.full(self.num_maps, jnp.nan, log_q.dtype)
         return SBTMState(
             step=jnp.zeros((), jnp.int32),
@@ -375,7 +266,7 @@ class _Transport:
         """Train the velocity of the next map."""
         particles = ScoredPoints(state.particles, state.scores)
         params, opt_state, loss, skipped = self.fit.train(
-            key, state.step == 0, state.current, state.opt_state, particles, _probes(state)
+            key, state.step == 0, state.current, state.opt_state, particles, probes_of(state)
         )
         info = Info(loss, skipped, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
         return state._replace(current=state.current._replace(params=params), opt_state=opt_state), info
@@ -384,18 +275,22 @@ class _Transport:
         """Make a map and move all points by it, if that leaves them finite; with updates skipped."""
         options, before = self.options, state
         key_walk, key_slopes = jax.random.split(key) if self.noisy else (key, key)
-        plain = self.fit.trim(state.current, ScoredPoints(state.particles, state.scores), _probes(state))
+        plain = self.fit.trim(state.current, ScoredPoints(state.particles, state.scores), probes_of(state))
         used = times_covariance(plain) if options.preconditioned else plain
         field = partial(velocity, self.net, used)
         velocities = jax.vmap(field)(state.particles)
-        step_size = jnp.minimum(self.accurate(state, used, velocities), self.one_to_one(state, field))
+        step_size = jnp.minimum(
+            self.accurate(state, used, velocities), longest_step(field, state.particles, options.max_stretch)
+        )
         made = used._replace(step_size=step_size.astype(used.mean.dtype))
         level = self.next_level(state, jnp.sum(state.maps.step_size) + step_size)
         shifts, skipped = velocities, jnp.zeros((), jnp.int32)
         if options.heun:
             made, state, skipped = self.corrected(key, state, made, level)
             both = partial(displacement, self.net, made)
-            step_size = jnp.minimum(step_size, self.one_to_one(state, both)).astype(made.step_size.dtype)
+            step_size = jnp.minimum(
+                step_size, longest_step(both, state.particles, options.max_stretch)
+            ).astype(made.step_size.dtype)
             made = made._replace(step_size=step_size)
             shifts = jax.vmap(both)(state.particles)
         k = state.step // self.steps_per_map
@@ -437,7 +332,7 @@ class _Transport:
             log_q = state.probe_log_q + log_forward - log_backward
         else:
             log_q = state.probe_log_q - change
-        divergence, variance = _held_out(log_q, scored.log_target)
+        divergence, variance = held_out(log_q, scored.log_target)
         return moved._replace(
             current=affine_part(ScoredPoints(moved.particles, scored.scores), state.current.params),
             probes=probes,
@@ -486,13 +381,6 @@ class _Transport:
         allowed = jnp.where(k > 0, jnp.minimum(allowed, _FASTER * last), first)
         return jnp.minimum(allowed, duration - jnp.sum(state.maps.step_size))
 
-    def one_to_one(self, state: SBTMState, field: VectorField) -> Float[Array, ""]:
-        """Compute the longest step with which a field is bound to make a map that is one-to-one."""
-        n = len(state.particles)
-        probed = state.particles[:: max(1, n // _PROBED)][:_PROBED]
-        lipschitz = jnp.max(jax.vmap(lambda x: spectral_norm(jax.jacfwd(field)(x)))(probed))
-        return self.options.max_stretch / jnp.maximum(lipschitz, 1e-12)
-
     def corrected(
         self, key: Key, state: SBTMState, used: Maps, level: Float[Array, ""]
     ) -> tuple[Maps, SBTMState, Int[Array, ""]]:
@@ -529,7 +417,3 @@ class _Transport:
 
         noises = jnp.asarray(_NOISES, state.noise.dtype)
         return state._replace(noise=noises[jnp.argmin(jax.lax.map(variance, noises))])
-
-
-def _probes(state: SBTMState) -> ScoredPoints:
-    return ScoredPoints(state.probes, bounded(state.probe_scores))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments of an AutoGuide's draws."""
+"""Whitenings that a kernel is given: maps, transforms of NumPyro, moments of an AutoGuide's draws."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 from numpyro import handlers
+from numpyro.distributions.transforms import Transform
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import unconstrain_fn
 from numpyro.optim import optax_to_numpyro
 from numpyro.util import not_jax_tracer
 
+from numpyro_sbtm.core.maps import Map
 from numpyro_sbtm.core.target import Key
-from numpyro_sbtm.kernels.problem import flat
+from numpyro_sbtm.kernels.periodic import wrap
+from numpyro_sbtm.kernels.posterior import Arguments
+from numpyro_sbtm.kernels.problem import Problem, flat
+from numpyro_sbtm.kernels.transform import TransformMap
+from numpyro_sbtm.search.ladder import Precondition
 
-__all__ = ["guide_moments"]
+__all__ = ["guide_moments", "whitening_of"]
 
 _GUIDE_STEPS, _GUIDE_STEP_SIZE, _GUIDE_PARTICLES = 3000, 0.05, 8
 _GUIDE_DRAWS = 4096
@@ -88,3 +94,30 @@ def guide_moments(
             f"{_GUIDE_STEPS} steps. Use another guide, or 'auto'."
         )
     return loc, tril
+
+
+def whitening_of(
+    key: Key, precondition: Any, problem: Problem, model: Callable[..., Any] | None, arguments: Arguments
+) -> Precondition:
+    """Return the whitening that a kernel's ``precondition`` means, for a posterior of this dimension.
+
+    Raises:
+        ValueError: for a whitening of another dimension, and as `guide_moments` does.
+    """
+    dim = problem.starts.shape[1]
+    if isinstance(precondition, AutoGuide):
+        assert model is not None  # checked by the constructor
+        precondition = guide_moments(key, precondition, model, arguments.args, arguments.kwargs)
+    if isinstance(precondition, Transform):
+        return TransformMap(precondition)
+    if isinstance(precondition, Map):
+        return precondition
+    if isinstance(precondition, tuple) and len(precondition[0]) != dim:
+        raise ValueError(
+            f"`precondition` is for dimension {len(precondition[0])}, but the posterior has "
+            f"dimension {dim} on the unconstrained space."
+        )
+    if isinstance(precondition, tuple) and problem.centre is not None:
+        # a guide knows no window and may sit in another period
+        precondition = wrap(jnp.asarray(precondition[0]), problem.centre), precondition[1]
+    return precondition
