@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from numpyro_sbtm.core.target import Key, VectorField
 
-__all__ = ["divergence_of", "implicit_score_loss", "implicit_score_losses"]
+__all__ = ["divergence_of", "divergences_of", "implicit_score_loss", "implicit_score_losses"]
 
 _EXACT_UP_TO = 3  # dimension up to which d Jacobian-vector products are cheaper than a noisy one
 
@@ -34,6 +34,20 @@ def divergence_of(field: VectorField, x: Float[Array, " d"], key: Key | None) ->
         return jnp.trace(jax.jacfwd(field)(x))
     probe = jax.random.rademacher(key, x.shape, x.dtype)
     return jnp.dot(probe, jax.jvp(field, (x,), (probe,))[1])
+
+
+def divergences_of(field: VectorField, x: Float[Array, "m d"], key: Key | None) -> Float[Array, " m"]:
+    """Compute the divergence at every point: exactly for no key, else by estimates independent of each other.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.score import divergences_of
+        >>> divergences_of(lambda x: x**2, jnp.array([[1.0, 2.0], [0.0, 0.0]]), None).tolist()
+        [6.0, 0.0]
+    """
+    if key is None:
+        return jax.vmap(lambda x: divergence_of(field, x, None))(x)
+    return jax.vmap(lambda x, key: divergence_of(field, x, key))(x, jax.random.split(key, len(x)))
 
 
 def implicit_score_loss(

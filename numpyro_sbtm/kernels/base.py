@@ -23,7 +23,7 @@ from numpyro_sbtm.kernels.posterior import Arguments, posterior_of
 from numpyro_sbtm.kernels.potential import from_potential
 from numpyro_sbtm.kernels.problem import Problem, logdensity
 from numpyro_sbtm.kernels.sequential import Run, keys_of_sequential_run
-from numpyro_sbtm.kernels.state import KernelState, chain_axes, known_of
+from numpyro_sbtm.kernels.state import KernelState, chain_axes, known_of, same_types
 from numpyro_sbtm.kernels.whitening import whitening_of
 from numpyro_sbtm.learned import Learned, Settings, locate
 from numpyro_sbtm.methods.base import Method
@@ -221,7 +221,7 @@ class LearnedKernel(MCMCKernel):
                 data=data,
                 rng_key=rng_key,
             )
-            return _like(drawn, state)
+            return same_types(drawn, state)
 
         new = jax.lax.cond(state.i < learned.loss.shape[-1], lambda: state, draw)
         return new._replace(i=state.i + 1, next_key=jax.random.key_data(new.rng_key))
@@ -406,11 +406,3 @@ class LearnedKernel(MCMCKernel):
         run.posterior = run.posterior or self._posterior_of(problem, arguments)
         sampler = Sampler(run.posterior, self._settings, arguments.arrays(), learned)
         return trained(sampler, key_train).learned
-
-
-def _like(new: KernelState, old: KernelState) -> KernelState:
-    """Give every leaf the type it had."""
-    zero = jnp.zeros((), jnp.int32)
-    same = lambda leaf, before: leaf.astype(before.dtype)  # noqa: E731
-    typed = jax.tree.map(same, new._replace(rng_key=zero), old._replace(rng_key=zero))
-    return typed._replace(rng_key=new.rng_key)

@@ -4,6 +4,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from numpyro_sbtm.checks import shown
@@ -12,7 +13,7 @@ from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.kernels.fingerprint import Fingerprint
 from numpyro_sbtm.learned import Learned
 
-__all__ = ["KernelState", "chain_axes", "known_of"]
+__all__ = ["KernelState", "chain_axes", "known_of", "same_types"]
 
 
 class KernelState(NamedTuple):
@@ -82,3 +83,11 @@ def known_of(state: Any) -> tuple[Learned, ChainState]:
     if state.learned is None or state.chain is None:
         raise ValueError("`state` is that of a model without latent values: it has no sampler.")
     return state.learned, state.chain
+
+
+def same_types(new: KernelState, old: KernelState) -> KernelState:
+    """Give every leaf the type it had."""
+    zero = jnp.zeros((), jnp.int32)
+    same = lambda leaf, before: leaf.astype(before.dtype)  # noqa: E731
+    typed = jax.tree.map(same, new._replace(rng_key=zero), old._replace(rng_key=zero))
+    return typed._replace(rng_key=new.rng_key)

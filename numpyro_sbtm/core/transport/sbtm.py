@@ -24,9 +24,9 @@ from numpyro_sbtm.core.options import TransportOptions
 from numpyro_sbtm.core.path import log_kernels, simulate
 from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.quasi import quasi_normal, standardised
-from numpyro_sbtm.core.score import divergence_of
+from numpyro_sbtm.core.score import divergences_of
 from numpyro_sbtm.core.smc import independent_ensemble, path_draws
-from numpyro_sbtm.core.target import Key, Target, VectorField, value_and_score
+from numpyro_sbtm.core.target import Key, Target, value_and_score
 from numpyro_sbtm.core.transition import Gaussian, Transition, standard_normal
 from numpyro_sbtm.core.transport.annealing import Annealing, next_level
 from numpyro_sbtm.core.transport.dissipation import Dissipation, dissipation
@@ -300,9 +300,8 @@ class _Transport:
         against = (
             jax.vmap(partial(velocity, self.net, plain))(state.probes) if options.preconditioned else None
         )
-        now = dissipation(
-            jax.vmap(field)(state.probes), self.slopes(key_slopes, state, field), state.target_scores, against
-        )
+        slopes = divergences_of(field, state.probes, key_slopes if self.noisy else None)
+        now = dissipation(jax.vmap(field)(state.probes), slopes, state.target_scores, against)
         moved = moved._replace(
             dissipation=jax.tree.map(lambda stack, leaf: stack.at[k].set(leaf), state.dissipation, now),
             levels=state.levels.at[k].set(state.level),
@@ -341,14 +340,6 @@ class _Transport:
             variance=variance,
             **scored._asdict(),
         )
-
-    def slopes(self, key: Key, state: SBTMState, field: VectorField) -> Float[Array, " m"]:
-        """Compute the divergence of a velocity at the probes; an estimate where determinants are too dear."""
-        if self.noisy:
-            keys = jax.random.split(key, len(state.probes))
-            return jax.vmap(lambda x, key: divergence_of(field, x, key))(state.probes, keys)
-        # for an Euler step these Jacobians are those of the map
-        return jax.vmap(lambda x: divergence_of(field, x, None))(state.probes)
 
     def next_level(self, state: SBTMState, elapsed: Float[Array, ""]) -> Float[Array, ""]:
         """Choose the level that particles follow next."""
