@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from numpyro_sbtm.kernels.diffusion import DiffusionKernel as DiffusionKernel
     from numpyro_sbtm.kernels.diffusion import LogVarianceDISKernel as LogVarianceDISKernel
     from numpyro_sbtm.kernels.learn import learn as learn
+    from numpyro_sbtm.kernels.learn import load as load
     from numpyro_sbtm.kernels.transport import SBTMKernel as SBTMKernel
     from numpyro_sbtm.methods.diffusion import Diffusion as Diffusion
     from numpyro_sbtm.methods.transport import Transport as Transport
@@ -34,6 +35,7 @@ _PLACES = {
     "TransportTraining": "options",
     "learn": "kernels.learn",
     "learn_density": "density",
+    "load": "kernels.learn",
     "report": "reporting.report",
 }
 

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from numpyro_sbtm.core.importance import importance
 from numpyro_sbtm.core.maps import whiten
 from numpyro_sbtm.core.psis import USABLE_KHAT, judged_tail_index
 from numpyro_sbtm.core.target import Key, Keys, LogDensity, Target
+from numpyro_sbtm.files import read_learned, write_learned
 from numpyro_sbtm.learned import Learned, Settings
 
 __all__ = ["Posterior", "Run", "Sampler", "WeightedDraws", "checked_key", "rays", "trained"]
@@ -218,6 +220,50 @@ class Sampler:
             state=state,
             key=key_next,
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write what was learned into a new folder, from which `numpyro_sbtm.load` or `load` reads it.
+
+        The model and its data are not written, nor is what was chosen, but for a few words of what draws
+        depend on.
+
+        Args:
+            path: the folder; it must not exist, or be empty.
+
+        Raises:
+            FileExistsError: if there is something.
+            TypeError: for a `precondition` or parameters that are no trees of arrays of known types.
+        """
+        write_learned(path, self.learned, self.several, self.settings.method.words())
+
+    @classmethod
+    def load(cls, path: str | Path, logdensity_fn: LogDensity, settings: Settings) -> "Sampler":
+        """Read a sampler of a log density (see `learn_density`); `numpyro_sbtm.load` reads those of models.
+
+        Args:
+            path: the folder.
+            logdensity_fn: the log density that it was learned for.
+            settings: what was chosen, as ``sampler.settings``.
+
+        Raises:
+            FileNotFoundError: if it is not there, or not whole.
+            ValueError: for another format, other settings, and arrays that this precision does not hold.
+
+        Examples:
+            >>> import tempfile, jax, jax.numpy as jnp
+            >>> from numpyro_sbtm import Sampler, learn_density
+            >>> density = lambda x: -0.5 * jnp.sum(x**2)
+            >>> sampler = learn_density(jax.random.key(0), density, jnp.zeros((1, 2)), num_steps=50)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     sampler.save(folder)
+            ...     again = Sampler.load(folder, density, sampler.settings)
+            >>> key = jax.random.key(1)
+            >>> bool((again.draw(key, 10).x == sampler.draw(key, 10).x).all())
+            True
+        """
+        learned, several = read_learned(path, settings.method.words())
+        dim = learned.located.reference.centre.shape[-1]
+        return cls(Posterior.of(logdensity_fn, dim), settings, (), learned, several)
 
     def absolute(self, log_density: Float[Array, "*n"]) -> Float[np.ndarray, "*n"]:
         """Give log densities or log weights their offset back, in float64."""

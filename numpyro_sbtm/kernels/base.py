@@ -84,6 +84,11 @@ class LearnedKernel(MCMCKernel):
         return self._model
 
     @property
+    def method(self) -> Method:
+        """How proposals are learned."""
+        return self._settings.method
+
+    @property
     def _sample_fn(self) -> Callable[..., KernelState] | None:
         """What `MCMC` looks at: None where it must call `init`, even for a state that needs none."""
         return self.sample if self._set_up else None
@@ -287,6 +292,28 @@ class LearnedKernel(MCMCKernel):
                 f"`state` holds {len(samplers)} samplers, one for every chain. Take one of `samplers(...)`."
             )
         return samplers[0]
+
+    def bind(
+        self,
+        learned: Learned,
+        several: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any],
+        init_params: Any = None,
+    ) -> Sampler:
+        """Return the sampler of what was learned for the same data, in another process perhaps.
+
+        Raises:
+            ValueError: for a model of another dimension.
+        """
+        arguments = Arguments(model_args, model_kwargs)
+        positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
+        problem = self._make_problem(jax.random.key(0), positions, *arguments, 1)
+        dim, known = problem.starts.shape[1], learned.located.reference.centre.shape[-1]
+        if dim != known:
+            raise ValueError(f"`model` has {dim} latent values, but the sampler was learned for {known}.")
+        posterior = posterior_of(problem, arguments, self._forward_mode)
+        return Sampler(posterior, self._settings, arguments.arrays(), learned, several)
 
     def _sampler(self, problem: Problem, learned: Learned, arguments: Arguments, several: Any) -> Sampler:
         """Bind what was learned to the posterior that it draws for, where its data are what they are."""

@@ -104,9 +104,8 @@ class DiffusionKernel(LearnedKernel):
     @property
     def evaluations_per_step(self) -> int:
         """Evaluations of the network in a training step (see `Diffusion.evaluations_per_step`)."""
-        method = self._settings.method
-        assert isinstance(method, Diffusion)
-        return method.evaluations_per_step
+        assert isinstance(self.method, Diffusion)
+        return self.method.evaluations_per_step
 
 
 class LogVarianceDISKernel(DiffusionKernel):

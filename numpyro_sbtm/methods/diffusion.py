@@ -33,7 +33,7 @@ from numpyro_sbtm.core.processes.dis_control import dis_control
 from numpyro_sbtm.core.processes.moved import learned_reference, rescaled
 from numpyro_sbtm.core.processes.pis import pis
 from numpyro_sbtm.core.target import LogDensity, Target
-from numpyro_sbtm.methods.base import checked_optimizer
+from numpyro_sbtm.methods.base import checked_optimizer, named
 from numpyro_sbtm.networks import denoiser, potential
 from numpyro_sbtm.options import DiffusionTraining, group_of
 from numpyro_sbtm.search.located import Located
@@ -208,6 +208,15 @@ class Diffusion:
                 points += options.num_updates * simulated  # each update evaluates the block anew
         passes = PROCESSES[self.process].passes if isinstance(self.process, str) else 1
         return self.training.num_paths * points * passes
+
+    def words(self) -> dict[str, str]:
+        """Say in words what draws depend on, but for what was learned."""
+        training = self.training
+        chosen = {"process": self.process, "network": self.network}
+        chosen |= {
+            name: getattr(training, name) for name in ("num_steps", "scale", "score_clip", "look_ahead")
+        }
+        return {"method": "Diffusion"} | {name: named(value) for name, value in chosen.items()}
 
     def check(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
         """Refuse a divergence that differentiates the score, where the density's has no derivative."""

@@ -16,7 +16,7 @@ from numpyro_sbtm.core.net import Net
 from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.core.transport.annealing import Annealing, convolution, dilation, geometric, tempering
 from numpyro_sbtm.core.transport.sbtm import sbtm
-from numpyro_sbtm.methods.base import checked_optimizer
+from numpyro_sbtm.methods.base import checked_optimizer, named
 from numpyro_sbtm.networks import score_mlp
 from numpyro_sbtm.options import TransportTraining, group_of
 from numpyro_sbtm.search.located import Located
@@ -96,6 +96,11 @@ class Transport:
     def shortens(self) -> bool:
         """Whether a part of the training steps is enough where what was found is near exact."""
         return True
+
+    def words(self) -> dict[str, str]:
+        """Say in words what draws depend on, but for what was learned."""
+        chosen = {"network": self.network, "num_maps": self.training.num_maps, "noisy": self.training.noisy}
+        return {"method": "Transport"} | {name: named(value) for name, value in chosen.items()}
 
     def check(self, logdensity_fn: LogDensity, x: Float[Array, " d"]) -> None:
         """Refuse too few particles, and annealing where draws are noisy."""
