@@ -126,8 +126,8 @@ def _described(value: Any, arrays: list[np.ndarray]) -> Any:
         return {kind.__name__: [_described(part, arrays) for part in value]}
     raise TypeError(
         f"`sampler` holds a {kind.__module__}.{kind.__qualname__}, which cannot be written: only what is "
-        "made of this package's own types is. A `precondition` of one's own, or parameters of a network that are "
-        "no dicts, lists or tuples of arrays, are not; pickle the run instead."
+        "made of this package's own types is. A `precondition` of one's own, or parameters of a network that "
+        "are no dicts, lists or tuples of arrays, are not; pickle the run instead."
     )
 
 

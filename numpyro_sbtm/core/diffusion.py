@@ -445,9 +445,8 @@ class _Training:
 
     def finished(self, progress: Progress) -> Bool[Array, ""]:
         """Say whether the log weights vary as little as they should, or vary no less than long before."""
-        acceptance, patience = self.options.target_acceptance, self.options.patience
-        # log weights never vary by less than nothing
-        finished = progress.recent < (0.0 if acceptance is None else log_variance_at(acceptance))
+        patience = self.options.patience
+        finished = progress.recent < log_variance_at(self.options.target_acceptance)
         if patience is not None:
             finished |= (progress.stale > patience) & (progress.recent < self.options.good_enough)
         return finished

@@ -117,17 +117,17 @@ def resample(key: Key, log_weight: Float[Array, " n"], num: int) -> Int[Array, "
     return jax.random.categorical(key, jnp.where(alive, _centred(log_weight)[0], 0.0), shape=(num,))
 
 
-def log_variance_at(acceptance: float) -> float:
+def log_variance_at(acceptance: float | None) -> float:
     """Compute the variance of normal log weights at which an independence sampler accepts so many proposals.
 
     Independent proposals with log weights N(m, σ²) are accepted with probability 2 Φ(-σ / √2): in
     equilibrium the log ratio of two weights is N(-σ², 2 σ²).
 
     Args:
-        acceptance: the mean acceptance probability, between 0 and 1.
+        acceptance: the mean acceptance probability, between 0 and 1; None for one that is never reached.
 
     Returns:
-        σ².
+        σ²; 0 for None.
 
     Reference:
         Doucet, Pitt, Deligiannidis & Kohn (2015), Efficient implementation of Markov chain Monte Carlo when
@@ -138,6 +138,8 @@ def log_variance_at(acceptance: float) -> float:
         >>> round(log_variance_at(0.9), 4), round(log_variance_at(0.5), 4)
         (0.0316, 0.9099)
     """
+    if acceptance is None:
+        return 0.0  # log weights never vary by less than nothing
     return 2.0 * NormalDist().inv_cdf(acceptance / 2.0) ** 2
 
 

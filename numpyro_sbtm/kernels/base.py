@@ -15,12 +15,11 @@ from numpyro.util import is_prng_key, not_jax_tracer
 from numpyro_sbtm.checks import flag, function
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.kernels.arguments import check_model, check_precondition
+from numpyro_sbtm.kernels.cache import ProblemCache
 from numpyro_sbtm.kernels.fingerprint import Fingerprint, fingerprint
 from numpyro_sbtm.kernels.first import first_state, state_without_latents
 from numpyro_sbtm.kernels.memory import spare_memory_mappings
-from numpyro_sbtm.kernels.model import Model, from_model
-from numpyro_sbtm.kernels.posterior import Arguments, posterior_of
-from numpyro_sbtm.kernels.potential import from_potential
+from numpyro_sbtm.kernels.posterior import Arguments
 from numpyro_sbtm.kernels.problem import Problem, logdensity
 from numpyro_sbtm.kernels.sequential import Run, keys_of_sequential_run
 from numpyro_sbtm.kernels.state import KernelState, chain_axes, known_of, same_types
@@ -57,22 +56,22 @@ class LearnedKernel(MCMCKernel):
         check_precondition(precondition, model is not None)
         if isinstance(precondition, str):
             method.check_several()
-        self._model = model
-        self._potential_fn = potential_fn
         self._precondition = precondition
         self._settings = Settings(
             method, group_of("search", Search, search), group_of("correction", Correction, correction)
         )
-        self._forward_mode = flag("forward_mode_differentiation", forward_mode_differentiation)
-        self._init_strategy = function(
-            "init_strategy", init_strategy, "Pass one of `numpyro.infer`'s, such as `init_to_median`."
+        self._problems = ProblemCache(
+            model,
+            potential_fn,
+            search,
+            function(
+                "init_strategy", init_strategy, "Pass one of `numpyro.infer`'s, such as `init_to_median`."
+            ),
+            flag("forward_mode_differentiation", forward_mode_differentiation),
         )
         self._forget()
 
     def _forget(self) -> None:
-        # the last one, with the shapes of the arguments that it was made for, and its posterior
-        self._problem: tuple[Any, Problem] | None = None
-        self._posterior: tuple[Problem, Posterior] | None = None
         self._run: Run | None = None  # in sequence, while there are more chains to come
         self._set_up = False
         self._known: np.ndarray | None = None
@@ -81,7 +80,7 @@ class LearnedKernel(MCMCKernel):
     @property
     def model(self) -> Callable[..., Any] | None:
         """The model, or None with a potential function."""
-        return self._model
+        return self._problems.model
 
     @property
     def method(self) -> Method:
@@ -100,9 +99,9 @@ class LearnedKernel(MCMCKernel):
 
     def postprocess_fn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the map from unconstrained values to the model's sites."""
-        if self._potential_fn is not None:
+        if self._problems.potential_fn is not None:
             return lambda x: x
-        return self._problem_of(Arguments(args, kwargs)).postprocess_gen(*args, **kwargs)
+        return self._problems.last(Arguments(args, kwargs)).postprocess_gen(*args, **kwargs)
 
     def init(
         self,
@@ -180,7 +179,7 @@ class LearnedKernel(MCMCKernel):
                 "Pass as many keys, or the same `num_chains` and `chain_method` as in warm-up."
             )
         arguments = Arguments(model_args, model_kwargs)
-        problem = self._problem_of(arguments, state)
+        problem = self._problems.last(arguments, state)
         dim, known = problem.starts.shape[1], chain.point.x.shape[-1]
         if dim != known:
             raise ValueError(
@@ -232,13 +231,12 @@ class LearnedKernel(MCMCKernel):
         return new._replace(i=state.i + 1, next_key=jax.random.key_data(new.rng_key))
 
     def __getstate__(self) -> dict[str, Any]:
-        # closures are rebuilt from the model and its arguments when they are needed
-        return self.__dict__ | {"_problem": None, "_posterior": None, "_run": None}
+        return self.__dict__ | {"_run": None}
 
     def wrap_model(self, wrapper: Callable[..., Any]) -> "LearnedKernel":
         """Return a copy of this kernel for another model."""
         new = copy.copy(self)
-        new._model = wrapper
+        new._problems = self._problems.of_model(wrapper)
         new._forget()
         return new
 
@@ -262,7 +260,7 @@ class LearnedKernel(MCMCKernel):
         """
         learned, chain = known_of(state)
         arguments = Arguments(model_args, {} if model_kwargs is None else model_kwargs)
-        posterior = self._posterior_of(self._problem_of(arguments, state), arguments)
+        posterior = self._problems.posterior(self._problems.last(arguments, state), arguments)
         make = partial(Sampler, posterior, self._settings, arguments.arrays())
         if not learned.num_steps.ndim:
             return [make(learned, chain.several)]
@@ -308,75 +306,20 @@ class LearnedKernel(MCMCKernel):
         """
         arguments = Arguments(model_args, model_kwargs)
         positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
-        problem = self._make_problem(jax.random.key(0), positions, *arguments, 1)
+        problem = self._problems.new(jax.random.key(0), arguments, positions, 1)
         dim, known = problem.starts.shape[1], learned.located.reference.centre.shape[-1]
         if dim != known:
             raise ValueError(f"`model` has {dim} latent values, but the sampler was learned for {known}.")
-        posterior = posterior_of(problem, arguments, self._forward_mode)
+        posterior = self._problems.posterior(problem, arguments)
         return Sampler(posterior, self._settings, arguments.arrays(), learned, several)
 
     def _sampler(self, problem: Problem, learned: Learned, arguments: Arguments, several: Any) -> Sampler:
         """Bind what was learned to the posterior that it draws for, where its data are what they are."""
-        density = logdensity(problem, arguments.args, arguments.kwargs, self._forward_mode)
+        density = logdensity(problem, arguments.args, arguments.kwargs, self._problems.forward_mode)
         posterior = Posterior.of(density, problem.starts.shape[1])
         return Sampler(posterior, self._settings, (), learned, several)
 
-    # ------------------------------------------------------------------ the posterior
-    def _make_problem(
-        self,
-        key: Key,
-        init_params: Any,
-        model_args: tuple[Any, ...],
-        model_kwargs: dict[str, Any],
-        num_chains: int,
-    ) -> Problem:
-        if self._potential_fn is not None:
-            return from_potential(
-                key,
-                self._potential_fn,
-                init_params,
-                num_chains=num_chains,
-                num_starts=self._settings.search.num_starts,
-                forward_mode=self._forward_mode,
-            )
-        assert self._model is not None  # checked by the constructor
-        return from_model(
-            key,
-            Model(self._model, model_args, model_kwargs, self._init_strategy, self._forward_mode),
-            num_chains=num_chains,
-            search=self._settings.search,
-            init_params=init_params,
-        )
-
-    def _problem_of(self, arguments: Arguments, state: KernelState | None = None) -> Problem:
-        """Return the posterior for arguments: the last one where these have its shapes, else a new one."""
-        if self._problem is not None and self._problem[0] == arguments.shapes():
-            return self._problem[1]
-        # for its functions alone, so that any key will do
-        make = partial(
-            self._make_problem,
-            jax.random.key(0),
-            model_args=arguments.args,
-            model_kwargs=arguments.kwargs,
-        )
-        if self._potential_fn is not None:
-            assert state is not None
-            chains = state.log_weight.shape
-            z = state.z if chains else jax.tree.map(lambda leaf: leaf[None], state.z)
-            return make(z, num_chains=chains[0] if chains else 1)
-        if not all(map(not_jax_tracer, jax.tree.leaves(tuple(arguments)))):
-            return make(None, num_chains=1)
-        with jax.ensure_compile_time_eval():
-            problem = make(None, num_chains=1)
-        self._problem = arguments.shapes(), problem
-        return problem
-
-    def _posterior_of(self, problem: Problem, arguments: Arguments) -> Posterior:
-        """Return the posterior as functions of its data: the same for the same problem."""
-        if self._posterior is None or self._posterior[0] is not problem:
-            self._posterior = problem, posterior_of(problem, arguments, self._forward_mode)
-        return self._posterior[1]
-
+    # ------------------------------------------------------------------ set-up
     def _init_system(self, rng_key: Key, init_params: Any, run: Run, *, several: bool = False) -> KernelState:
         """Make the state of one trained sampler and of the chains that share it."""
         arguments = Arguments(run.model_args, run.model_kwargs)
@@ -385,8 +328,7 @@ class LearnedKernel(MCMCKernel):
         split = over(jax.random.split)(rng_key)
         key_system, keys = (over(lambda own, k=k: own[k])(split) for k in range(2))
         key_problem, key_learn = jax.random.split(key_system[0] if chains else key_system)
-        problem = self._make_problem(key_problem, init_params, *arguments, chains[0] if chains else 1)
-        self._problem = arguments.shapes(), problem
+        problem = self._problems.new(key_problem, arguments, init_params, chains[0] if chains else 1)
         data = fingerprint(*arguments)
         if not problem.starts.shape[1]:
             return state_without_latents(problem, rng_key, arguments, data)
@@ -413,7 +355,7 @@ class LearnedKernel(MCMCKernel):
     def _learn(self, key: Key, problem: Problem, run: Run, *, own: bool) -> Learned:
         """Look for the posterior, and train where draws from what was found are not good enough."""
         arguments = Arguments(run.model_args, run.model_kwargs)
-        density = logdensity(problem, *arguments, self._forward_mode)
+        density = logdensity(problem, *arguments, self._problems.forward_mode)
         self._settings.method.check(density, problem.starts[0])
         key_guide, key_locate, key_train = jax.random.split(key, 3)
         offset = jnp.asarray(offset_near_mode(density, problem.starts), problem.starts.dtype)
@@ -422,7 +364,7 @@ class LearnedKernel(MCMCKernel):
             Target(lambda x: density(x) - offset, problem.starts.shape[1]),
             self._settings,
             StartingPoints(problem.starts, problem.scouts, jnp.asarray(problem.order)),
-            whitening_of(key_guide, self._precondition, problem, self._model, arguments),
+            whitening_of(key_guide, self._precondition, problem, self.model, arguments),
             run.num_warmup,
             own=own,
             structure=run.structure,
@@ -430,6 +372,6 @@ class LearnedKernel(MCMCKernel):
         learned = learned._replace(offset=offset)
         if not run.structure.learned:
             return learned
-        run.posterior = run.posterior or self._posterior_of(problem, arguments)
+        run.posterior = run.posterior or self._problems.posterior(problem, arguments)
         sampler = Sampler(run.posterior, self._settings, arguments.arrays(), learned)
         return trained(sampler, key_train).learned

@@ -252,9 +252,7 @@ class _Transport:
 
     def complete(self, state: SBTMState) -> Bool[Array, ""]:
         """Say whether another step would gain nothing."""
-        acceptance = self.options.target_acceptance
-        # log weights never vary by less than nothing
-        goal = 0.0 if acceptance is None else log_variance_at(acceptance)
+        goal = log_variance_at(self.options.target_acceptance)
         stale = state.step // self.steps_per_map - jnp.argmin(state.divergence) > _PATIENCE
         stale &= state.level >= 1.0
         reached = (state.step >= self.steps_per_map) & (state.variance < goal)
