@@ -229,7 +229,7 @@ def test_pickled_runs_and_kernels_go_on(trained):
     assert_same_tree(mcmc.get_samples(), trained.more)
     found = report(mcmc, num_proposals=500)
     assert found.verdict in ("caution", "unreliable")  # raw draws are never called reliable
-    assert found.correction is None
+    assert not found.corrected
     assert np.isfinite(found.log_evidence)
     assert found.training.shape == (WARMUP,)
 
