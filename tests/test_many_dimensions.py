@@ -166,7 +166,7 @@ def factor_model(dim=200, rank=2):
 def test_one_mode_in_many_dimensions_needs_no_matrices():
     target, mean, scale = factor_model()
     scouts = 3.0 * jax.random.normal(jax.random.key(0), (32, target.dim))
-    stages = warm_start(target, jnp.arange(target.dim))
+    stages = warm_start(target, jnp.arange(target.dim), Search())
     whitening = run_stages(stages, jax.random.key(1), scouts[:4], scouts)[0]
     assert isinstance(whitening, LowRank)
     assert jnp.min(whitening.gain[:2]) > 2.0 > jnp.max(whitening.gain[2:])
