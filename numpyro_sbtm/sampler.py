@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.checks import shown, whole
+from numpyro_sbtm.compile import is_traced
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Proposal
 from numpyro_sbtm.core.chain import Chain, ChainInfo, ChainState, Point, independence_chain
 from numpyro_sbtm.core.decay import Rays, decay
@@ -462,7 +463,7 @@ def checked_key(key: Any) -> Key:
 _draw = jax.jit(lambda sampler, key, n: sampler.propose(key, n), static_argnums=2)
 _weigh = jax.jit(lambda sampler, key, x: sampler.weights(key, x))
 _sites = jax.jit(lambda sampler, x: jax.vmap(sampler.posterior.sites(sampler.data))(x))
-trained = jax.jit(lambda sampler, key: sampler.trained(key))
+_trained = jax.jit(lambda sampler, key: sampler.trained(key))
 rays = jax.jit(lambda sampler, key, x, log_weight: sampler.rays(key, x, log_weight))
 
 
@@ -484,3 +485,9 @@ def _sample(
     state, (points, info) = jax.lax.scan(step, state, jnp.swapaxes(keys, 0, 1))
     points, info = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (points, info))
     return state, points, info
+
+
+def trained(sampler: Sampler, key: Key) -> Sampler:
+    """Do all of the training, by a program that is kept; within a trace, as a part of what is traced."""
+    # a program that is kept would keep traced values alive, too
+    return sampler.trained(key) if is_traced((sampler, key)) else _trained(sampler, key)
