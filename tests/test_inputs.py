@@ -1012,6 +1012,16 @@ def test_what_a_run_can_do_with_its_arguments_so_can_report(finished):
     assert report(finished, num_proposals=100).log_weight.shape == (100,)
 
 
+def test_a_model_that_needs_its_data_is_weighed_for_those_that_are_given(finished):
+    kernel, state, key = finished.sampler, finished.last_state, random.key(0)
+    zeros, ones = (
+        kernel.sampler(state, (np.array([0, 1, 1]), y)).draw(key, 5) for y in (np.zeros(3), np.ones(3))
+    )
+    np.testing.assert_allclose(ones.x, zeros.x, rtol=1e-5)
+    ratio = zeros.x @ np.array([1.0, 2.0]) - 1.5  # of N(1; effect, 1) over N(0; effect, 1), three times
+    np.testing.assert_allclose(ones.logdensity - zeros.logdensity, ratio, rtol=1e-4, atol=1e-5)
+
+
 def test_data_frames_that_a_model_reads_reach_proposals(finished):
     kernel = finished.sampler.wrap_model(of_frame)
     arguments = (pd.DataFrame({"y": [0.0, 1.0]}),)

@@ -86,10 +86,13 @@ class ProblemCache:
         return problem
 
     def posterior(self, problem: Problem, arguments: Arguments) -> Posterior:
-        """Return a posterior as functions of its data: the same for the same problem."""
-        if self._posterior is None or self._posterior[0] is not problem:
-            self._posterior = problem, posterior_of(problem, arguments, self.forward_mode)
-        return self._posterior[1]
+        """Return a posterior as functions of its data: the same for the same problem, where it may be."""
+        if self._posterior is not None and self._posterior[0] is problem:
+            return self._posterior[1]
+        posterior, of_all = posterior_of(problem, arguments, self.forward_mode)
+        if of_all:
+            self._posterior = problem, posterior
+        return posterior
 
     def _make(self, key: Key, arguments: Arguments, init_params: Any, num_chains: int) -> Problem:
         if self.potential_fn is not None:

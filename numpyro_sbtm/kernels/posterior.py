@@ -50,10 +50,13 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
-def posterior_of(problem: Problem, arguments: Arguments, forward_mode: bool) -> Posterior:
+def posterior_of(problem: Problem, arguments: Arguments, forward_mode: bool) -> tuple[Posterior, bool]:
     """Make the posterior of a model, as functions of the arrays among its arguments.
 
     Where a model needs its data themselves, for `np.unique` or as a data frame, they are constants of it.
+
+    Returns:
+        The posterior, and whether it is that of other arrays of the same shapes, too.
     """
     dim, filled = problem.starts.shape[1], arguments.blank()
 
@@ -70,5 +73,5 @@ def posterior_of(problem: Problem, arguments: Arguments, forward_mode: bool) -> 
     try:
         jax.eval_shape(lambda data, x: density(data)(x), data, jnp.zeros(dim))
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError, TypeError, ValueError):
-        return Posterior(dim, lambda _: density(data), problem.unravel, lambda _: sites(data))
-    return Posterior(dim, density, problem.unravel, sites)
+        return Posterior(dim, lambda _: density(data), problem.unravel, lambda _: sites(data)), False
+    return Posterior(dim, density, problem.unravel, sites), True
