@@ -15,7 +15,6 @@ from numpyro_sbtm.methods.diffusion import Diffusion
 from numpyro_sbtm.options import Correction, Search
 from numpyro_sbtm.sampler import Posterior, Sampler, checked_key, trained
 from numpyro_sbtm.search.ladder import StartingPoints
-from numpyro_sbtm.search.offset import offset_near_mode
 
 __all__ = ["learn_density"]
 
@@ -86,17 +85,15 @@ def learn_density(
     key_noise, key_locate, key_train = jax.random.split(checked_key(key), 3)
     where = _starting_points(key_noise, points[finite], search)
     posterior = Posterior.of(logdensity_fn, dim)
-    offset = jnp.asarray(offset_near_mode(logdensity_fn, where.starts), points.dtype)
     learned, structure = locate(
         key_locate,
-        Target(lambda x: logdensity_fn(x) - offset, dim),
+        Target(logdensity_fn, dim),
         settings,
         where,
         "auto" if precondition is None else precondition,
         num_steps,
     )
     doubtful = structure.doubtful and correction.num_particles > 1
-    learned = learned._replace(offset=offset)
     sampler = Sampler(posterior, settings, (), learned, jnp.zeros((), bool) if doubtful else None)
     return trained(sampler, key_train) if structure.learned else sampler
 

@@ -23,6 +23,7 @@ from numpyro_sbtm.search.ladder import (
     with_step_size,
 )
 from numpyro_sbtm.search.located import Located
+from numpyro_sbtm.search.offset import offset_near_mode
 
 __all__ = ["Learned", "Settings", "Structure", "locate"]
 
@@ -112,7 +113,8 @@ def locate(
 
     Args:
         key: random key.
-        target: the posterior on the unconstrained space.
+        target: the posterior on the unconstrained space; it is searched relative to an offset, that of what
+            is learned.
         settings: what was chosen before.
         where: points to look from.
         precondition: how it is whitened (see `find_start`).
@@ -124,6 +126,9 @@ def locate(
         What is known before training, and what is needed: train it if ``structure.learned``.
     """
     key_search, key_local = jax.random.split(key)
+    density = target.logdensity_fn
+    offset = jnp.asarray(offset_near_mode(density, where.starts), where.starts.dtype)
+    target = Target(lambda x: density(x) - offset, target.dim)
     located = find_start(key_search, target, where, precondition, settings.search)
     if structure is None:
         structure = _structure_of(located, settings, own)
@@ -142,7 +147,7 @@ def locate(
         skipped_updates=zero,
         gradients=located.gradients,
         local_moves=None if structure.still else jnp.ones((), bool),
-        offset=jnp.zeros((), dtype),
+        offset=offset,
         data=jnp.zeros(2, jnp.uint32),
     )
     return learned, structure

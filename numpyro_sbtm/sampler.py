@@ -25,7 +25,7 @@ from numpyro_sbtm.core.target import Key, Keys, LogDensity, Target
 from numpyro_sbtm.files import read_learned, write_learned
 from numpyro_sbtm.learned import Learned, Settings
 
-__all__ = ["Posterior", "Run", "Sampler", "WeightedDraws", "checked_key", "rays", "trained"]
+__all__ = ["Posterior", "Run", "Sampler", "WeightedDraws", "absolute", "checked_key", "rays", "trained"]
 
 _SHORTER = 4  # training ends after this part of warm-up where the search's draws are near exact
 _SHORTEST_STEP = 0.01  # step sizes of local moves vary by this factor where they were adapted to other data
@@ -268,7 +268,7 @@ class Sampler:
 
     def absolute(self, log_density: Float[Array, "*n"]) -> Float[np.ndarray, "*n"]:
         """Give log densities or log weights their offset back, in float64."""
-        return np.asarray(log_density, np.float64) + np.asarray(self.learned.offset, np.float64)
+        return absolute(log_density, self.learned.offset)
 
     # ------------------------------------------------------------------ the proposal
     @property
@@ -445,6 +445,12 @@ class _Progress(NamedTuple):
     skipped: Int[Array, ""]
     gradients: Int[Array, ""]
     finished: Bool[Array, ""]
+
+
+def absolute(log_density: Any, offset: Any) -> Float[np.ndarray, "*n"]:
+    """Give log densities or log weights their offset back, in float64: one, or one for every chain."""
+    offset = np.asarray(offset, np.float64)
+    return np.asarray(log_density, np.float64) + (offset[:, None] if offset.ndim else offset)
 
 
 def checked_key(key: Any) -> Key:

@@ -14,9 +14,9 @@ from numpyro_sbtm.core.decay import Rays
 from numpyro_sbtm.core.evidence import from_proposals, lower_bound
 from numpyro_sbtm.reporting.convergence import convergence
 from numpyro_sbtm.reporting.evidence import from_chains
-from numpyro_sbtm.reporting.finished import absolute
 from numpyro_sbtm.reporting.report import _KEY, _endless
 from numpyro_sbtm.reporting.verdict import Measured, checks, judge, printed_error
+from numpyro_sbtm.sampler import absolute
 
 CHAINS = convergence({"x": np.random.default_rng(0).normal(size=(4, 1000, 2))})
 WEIGHTS = 0.6 * np.random.default_rng(1).normal(size=4000)

@@ -29,7 +29,6 @@ from numpyro_sbtm.methods.base import Method
 from numpyro_sbtm.options import Correction, Search, group_of
 from numpyro_sbtm.sampler import Posterior, Sampler, trained
 from numpyro_sbtm.search.ladder import StartingPoints
-from numpyro_sbtm.search.offset import offset_near_mode
 
 __all__ = ["LearnedKernel"]
 
@@ -358,10 +357,9 @@ class LearnedKernel(MCMCKernel):
         density = logdensity(problem, *arguments, self._problems.forward_mode)
         self._settings.method.check(density, problem.starts[0])
         key_guide, key_locate, key_train = jax.random.split(key, 3)
-        offset = jnp.asarray(offset_near_mode(density, problem.starts), problem.starts.dtype)
         learned, run.structure = locate(
             key_locate,
-            Target(lambda x: density(x) - offset, problem.starts.shape[1]),
+            Target(density, problem.starts.shape[1]),
             self._settings,
             StartingPoints(problem.starts, problem.scouts, jnp.asarray(problem.order)),
             whitening_of(key_guide, self._precondition, problem, self.model, arguments),
@@ -369,7 +367,6 @@ class LearnedKernel(MCMCKernel):
             own=own,
             structure=run.structure,
         )
-        learned = learned._replace(offset=offset)
         if not run.structure.learned:
             return learned
         run.posterior = run.posterior or self._problems.posterior(problem, arguments)

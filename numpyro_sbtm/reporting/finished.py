@@ -12,9 +12,9 @@ from numpyro.util import is_prng_key
 from numpyro_sbtm.checks import shown
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.kernels.base import LearnedKernel
-from numpyro_sbtm.sampler import Run, Sampler
+from numpyro_sbtm.sampler import Run, Sampler, absolute
 
-__all__ = ["Finished", "absolute", "finished"]
+__all__ = ["Finished", "finished"]
 
 
 class Finished(NamedTuple):
@@ -59,12 +59,6 @@ def finished(run: Any) -> Finished:
             "Call `mcmc.run(...)` and then `report(mcmc)`, or `report(sampler.sample(...))`."
         )
     return _of_mcmc(run)
-
-
-def absolute(log_weight: Any, offset: Any) -> Float[np.ndarray, "C n"]:
-    """Give chains' log weights their offset back, in float64: one, or one for every chain."""
-    offset = np.asarray(offset, np.float64)
-    return np.asarray(log_weight, np.float64) + (offset[:, None] if offset.ndim else offset)
 
 
 def _of_sampler(run: Run) -> Finished:
