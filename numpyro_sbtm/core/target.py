@@ -55,25 +55,24 @@ class Modes(NamedTuple):
 class Target(NamedTuple):
     """An unnormalised density on R^d.
 
-        Annealing and whitening are functions from a target to a target, so every method is written once,
-        for a density on R^d. All but the first two fields are the truth, where it is known; only tests and
-        benchmarks read them.
+    Annealing and whitening are functions from a target to a target, so every method is written once,
+    for a density on R^d. All but the first two fields are the truth, where it is known; only tests and
+    benchmarks read them.
 
-        Attributes:
-            logdensity_fn: the unnormalised log density of one point, shape ``[d]`` to shape ``[]``.
-            dim: the dimension d.
-            log_z: the logarithm of the integral of the density, or None.
-            sample: ``(key, n) -> [n, d]``, exact draws, or None.
-            modes: what the modes are and how likely, or None.
-            spread: standard deviation of a normal distribution around the origin that covers the density.
+    Attributes:
+        logdensity_fn: the unnormalised log density of one point, shape ``[d]`` to shape ``[]``.
+        dim: the dimension d.
+        log_z: the logarithm of the integral of the density, or None.
+        sample: ``(key, n) -> [n, d]``, exact draws, or None.
+        modes: what the modes are and how likely, or None.
+        spread: standard deviation of a normal distribution around the origin that covers the density.
 
-        Examples:
-            >>> import jax.numpy as jnp
-    import jaxtyping
-            >>> from numpyro_sbtm.core.target import Target
-            >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), dim=2)
-            >>> float(target.logdensity_fn(jnp.ones(2)))
-            -1.0
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.target import Target
+        >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), dim=2)
+        >>> float(target.logdensity_fn(jnp.ones(2)))
+        -1.0
     """
 
     logdensity_fn: LogDensity
@@ -87,20 +86,19 @@ class Target(NamedTuple):
 def value_and_score(target: Target, x: Float[Array, " d"]) -> tuple[Float[Array, ""], Float[Array, " d"]]:
     """Evaluate the log density and its gradient, the score, at one point.
 
-        Args:
-            target: the density.
-            x: one point, shape ``[d]``.
+    Args:
+        target: the density.
+        x: one point, shape ``[d]``.
 
-        Returns:
-            The log density, shape ``[]``, and the score, shape ``[d]``.
+    Returns:
+        The log density, shape ``[]``, and the score, shape ``[d]``.
 
-        Examples:
-            >>> import jax.numpy as jnp
-    import jaxtyping
-            >>> from numpyro_sbtm.core.target import Target, value_and_score
-            >>> value, score = value_and_score(Target(lambda x: -0.5 * jnp.sum(x**2), 2), jnp.ones(2))
-            >>> value.item(), score.tolist()
-            (-1.0, [-1.0, -1.0])
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.target import Target, value_and_score
+        >>> value, score = value_and_score(Target(lambda x: -0.5 * jnp.sum(x**2), 2), jnp.ones(2))
+        >>> value.item(), score.tolist()
+        (-1.0, [-1.0, -1.0])
     """
     return jax.value_and_grad(target.logdensity_fn)(x)
 
