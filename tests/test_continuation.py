@@ -16,7 +16,7 @@ from test_kernel_driver import make, one_kind_quickly
 
 from numpyro_sbtm import learned as before_draws
 from numpyro_sbtm import report
-from numpyro_sbtm.core.maps import affine
+from numpyro_sbtm.core.maps import Affine
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.kernels.fingerprint import fingerprint
 from numpyro_sbtm.search.located import Located
@@ -216,7 +216,7 @@ def _found(x, num):
     centre = jnp.linspace(-2.0, 2.0, num)[:, None] if num > 1 else jnp.zeros((1, 1))
     mixture = Mixture(jnp.full(num, -jnp.log(num)), None, centre, jnp.ones((num, 1)))
     zero = jnp.zeros(())
-    whitening = affine(jnp.zeros(1), jnp.eye(1))
+    whitening = Affine(jnp.zeros(1), jnp.eye(1))
     none = jnp.zeros((), jnp.int32)
     return Located(whitening, mixture, x, zero, zero, zero, zero > 1, None, none, jnp.ones((), bool))
 

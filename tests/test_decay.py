@@ -9,7 +9,7 @@ import pytest
 from numpyro.distributions import biject_to
 
 from numpyro_sbtm.core.decay import decay
-from numpyro_sbtm.core.maps import affine
+from numpyro_sbtm.core.maps import Affine
 from numpyro_sbtm.core.target import Target
 
 NO_DECAY = 0.75
@@ -98,7 +98,7 @@ PROPER = {
 
 def rays(logdensity, x):
     dim = x.shape[1]
-    plain = affine(jnp.zeros(dim), jnp.eye(dim))
+    plain = Affine(jnp.zeros(dim), jnp.eye(dim))
     find = jax.jit(lambda key, x: decay(key, Target(logdensity, dim), plain, x, jnp.zeros(len(x))))
     return find(jax.random.key(1), x)
 

@@ -48,7 +48,7 @@ from numpyro_sbtm import (
     report,
 )
 from numpyro_sbtm.checks import number, whole
-from numpyro_sbtm.core.maps import affine
+from numpyro_sbtm.core.maps import Affine
 from numpyro_sbtm.networks import denoiser, score_mlp
 
 WORKS = "works"
@@ -467,7 +467,7 @@ PRECONDITIONS = [
         "`precondition` must describe a whitening, got 'full'. Pass 'auto'",
     ),
     bad("precondition", "refined", ValueError, r"got 'refined'. Pass `search=Search\(refine=True\)`"),
-    option("precondition", affine(jnp.zeros(1), jnp.eye(1))),
+    option("precondition", Affine(jnp.zeros(1), jnp.eye(1))),
     option("precondition", AffineTransform(0.0, 2.0)),
     bad("precondition", (np.zeros(2),), ValueError, "`precondition` must describe a whitening"),
     bad(

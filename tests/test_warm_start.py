@@ -14,7 +14,7 @@ from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 from numpyro_sbtm.compile import run_stages
 from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
-from numpyro_sbtm.core.maps import Triangular, affine, whiten
+from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.maps.spline import fit_margins
 from numpyro_sbtm.core.mixture import fit_mixture, largest, normal
 from numpyro_sbtm.core.target import Target
@@ -136,7 +136,7 @@ def test_the_fit_straightens_a_funnel_given_its_order():
 def test_the_whitening_of_a_wide_funnel_is_all_but_exact():
     # log scales 1.5 s: at three deviations 4.5, still below the bound of 6
     z = jax.random.normal(jax.random.key(0), (20_000, 10))
-    funnel = affine(jnp.zeros(10), jnp.eye(10))
+    funnel = Triangular.affine(jnp.zeros(10), jnp.eye(10))
     funnel = funnel._replace(log_scale_slope=jnp.zeros((10, 10)).at[1:, 0].set(1.5))
     x, log_det = jax.vmap(lambda u: funnel.forward(u))(z)
     excess = 0.5 * jnp.sum(z[:, 1:] ** 2 - (x[:, 1:] * jnp.exp(-1.5 * x[:, :1])) ** 2, -1)
@@ -176,7 +176,7 @@ def test_the_fit_covers_modes_that_lie_apart():
 def test_the_widest_of_many_modes_does_not_hide_the_others(together, separate):
     """Fits of ten corners, the best of them by five nats; or six in its corner, and four that went astray."""
     corners = 6.0 * jnp.sign(jax.random.normal(jax.random.key(0), (10, 4))).at[:together].set(1.0)
-    fits = jax.vmap(lambda loc: affine(loc, jnp.eye(4), jnp.arange(4)))(corners)
+    fits = jax.vmap(lambda loc: Triangular.affine(loc, jnp.eye(4), jnp.arange(4)))(corners)
     draws = corners[:, None] + jax.random.normal(jax.random.key(1), (200, 4))
     elbos = jnp.zeros(10).at[:together].set(5.0)
     found = jax.jit(_pool)(fits, elbos, draws, jnp.zeros((), jnp.int32))
@@ -190,7 +190,7 @@ def test_the_widest_of_many_modes_does_not_hide_the_others(together, separate):
 def test_margins_straighten_two_modes():
     sample = two_modes().sample(jax.random.key(0), 8000)
     margins = fit_margins(sample, jnp.ones(8000))
-    whitening = affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
+    whitening = Triangular.affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
     fresh = two_modes().sample(jax.random.key(1), 4000)
     u = np.asarray(jax.vmap(lambda x: whitening.inverse(x)[0])(fresh))
     for level in (-1.5, 0.0, 1.5):
@@ -204,7 +204,7 @@ def test_margins_draw_next_to_nothing_between_modes_and_spare_normal_coordinates
     side = jax.random.rademacher(key_side, (4096,), noise.dtype)
     margins = fit_margins(noise * jnp.array([0.1, 1.0]) + jnp.stack([side, 0 * side], 1), jnp.ones(4096))
     assert jnp.all(margins.slope[1] == 1.0) and jnp.all(margins.u[1] == margins.y[1])
-    whitening = affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
+    whitening = Triangular.affine(jnp.zeros(2), jnp.eye(2))._replace(margins=margins)
     x, _ = jax.vmap(lambda u: whitening.forward(u))(jax.random.normal(jax.random.key(1), (100_000, 2)))
     assert 0 < jnp.mean(jnp.abs(x[:, 0]) < 0.5) < 1e-3
     np.testing.assert_allclose(x[:, 1].std(), 1.0, atol=0.01)
@@ -325,7 +325,7 @@ def test_particles_where_nothing_is_drawn_are_seen(dim):
     """In 60 dimensions the noise of particles fills the gap between modes eight deviations apart."""
     other = jnp.zeros(dim).at[0].set(8.0)
     target = Target(lambda x: jnp.logaddexp(*(-0.5 * jnp.sum((x - c) ** 2) for c in (0.0, other))), dim)
-    plain = affine(jnp.zeros(dim), jnp.eye(dim))
+    plain = Triangular.affine(jnp.zeros(dim), jnp.eye(dim))
     own = jax.random.normal(jax.random.key(0), (512, dim))
     warm, outside = judged(target, plain, normal(dim), own)
     assert not outside and warm.ess_fraction > 0.99
@@ -336,7 +336,7 @@ def test_particles_where_nothing_is_drawn_are_seen(dim):
 
 def test_a_heavy_tail_is_no_mode():
     """Draws and particles agree on the first; particles alone reach into the second, of weight e^70."""
-    plain = affine(jnp.zeros(2), jnp.eye(2))
+    plain = Triangular.affine(jnp.zeros(2), jnp.eye(2))
     own = jax.random.normal(jax.random.key(0), (512, 2))
     wider = Target(lambda x: -0.5 * jnp.sum(x**2) / 1.15**2, 2)
     tail = Target(lambda x: -0.5 * jnp.sum(x**2) + jnp.maximum(0.0, 0.5 * x[0] ** 2 - 2.0 * x[0] + 2.0), 2)
@@ -410,7 +410,7 @@ def test_refinement_reaches_into_a_neck():
     assert more - gradients == 2 * 45 * 8 * 4096
 
     # all of the law stays as it is; where the neck is cut off, most of it comes back
-    first = affine(jnp.zeros(3), jnp.eye(3), jnp.arange(3))
+    first = Triangular.affine(jnp.zeros(3), jnp.eye(3), jnp.arange(3))
     refine = jax.jit(warm_start(target, jnp.arange(3), Search(refine=True))[3])
     for cut, least, most in ((-np.inf, 0.045, 0.067), (-6.0, 0.028, 0.067)):
         x = jnp.resize(exact[exact[:, 0] > cut], (4096, 3))
@@ -433,7 +433,7 @@ def test_a_fitted_map_knows_of_scales_and_fits_no_noise():
 
 @pytest.mark.slow
 def test_refinement_leaves_particles_that_do_not_stay_finite():
-    target, flat = gaussian(np.zeros(2), np.eye(2)), affine(jnp.ones(2), jnp.eye(2))
+    target, flat = gaussian(np.zeros(2), np.eye(2)), Triangular.affine(jnp.ones(2), jnp.eye(2))
     found = Fit(flat, flat, jnp.zeros((), bool), jnp.zeros(1), jnp.zeros((1, 8, 2)), jnp.zeros((), jnp.int32))
     refine = jax.jit(warm_start(target, jnp.arange(2), Search(refine=True))[3])
     keys, zero = jax.random.split(jax.random.key(0), 5), jnp.zeros((), jnp.int32)

@@ -62,10 +62,10 @@ def decay(
         >>> import jax, jax.numpy as jnp
         >>> from numpyro_sbtm.core.decay import decay
         >>> from numpyro_sbtm.core.target import Target
-        >>> from numpyro_sbtm.core.maps import affine
+        >>> from numpyro_sbtm.core.maps import Affine
         >>> x = jax.random.normal(jax.random.key(0), (500, 2))
         >>> half_flat = Target(lambda x: -0.5 * x[0] ** 2, 2)
-        >>> plain = affine(jnp.zeros(2), jnp.eye(2))
+        >>> plain = Affine(jnp.zeros(2), jnp.eye(2))
         >>> decay(jax.random.key(1), half_flat, plain, x, jnp.zeros(500)).coordinates.tolist()
         [0.0, 1.0]
     """

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from numpyro_sbtm.core.maps import LowRank, Triangular, affine
+from numpyro_sbtm.core.maps import LowRank, Triangular
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.search.ascent import LOW_RANK, TRIANGULAR, likely_radius, maximise_elbos
 from numpyro_sbtm.search.guesses import sorted_density
@@ -95,7 +95,7 @@ def _pool(
     pooled_cov = within + between + jnp.diag(jnp.diagonal(between))
     tril = jnp.linalg.cholesky(pooled_cov)
     regular = jnp.all(jnp.isfinite(tril))
-    pooled = affine(mean, jnp.where(regular, tril, jnp.eye(dim)), best.order)
+    pooled = Triangular.affine(mean, jnp.where(regular, tril, jnp.eye(dim)), best.order)
     unsort = jnp.argsort(best.order)
     # a curved map may leave out what other fits found, although they overlap: a banana's other arm
     some = x[:, ::8, unsort]

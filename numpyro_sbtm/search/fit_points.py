@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import guarded_update
-from numpyro_sbtm.core.maps import Triangular, affine
+from numpyro_sbtm.core.maps import Triangular
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.search.ascent import TRIANGULAR, Shape
 
@@ -53,7 +53,7 @@ def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -
     mean, std = jnp.mean(sorted_points, 0), jnp.maximum(jnp.std(sorted_points, 0), 1e-30)
     z = (sorted_points - mean) / std
     tril = jnp.linalg.cholesky(z.T @ z / n + _RIDGE * jnp.eye(dim))
-    guess = affine(mean, std[:, None] * tril, order)
+    guess = Triangular.affine(mean, std[:, None] * tril, order)
     optimiser = optax.chain(
         optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(_RATE, _NUM_UPDATES))
     )

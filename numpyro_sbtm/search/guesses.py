@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from numpyro_sbtm.core.maps import LowRank, Triangular, affine
+from numpyro_sbtm.core.maps import LowRank, Triangular
 from numpyro_sbtm.core.target import LogDensity, Target
 from numpyro_sbtm.search.climb import climb, connected, leaders
 
@@ -111,7 +111,7 @@ def first_guesses(
     trils = jax.lax.map(lambda y: _laplace(logdensity_fn, y), locs)
     locs = jnp.concatenate([locs, starts])
     trils = jnp.concatenate([trils, jnp.broadcast_to(jnp.eye(dim), (num, dim, dim))])
-    return jax.vmap(lambda loc, tril: affine(loc, tril, order))(locs, trils)
+    return jax.vmap(lambda loc, tril: Triangular.affine(loc, tril, order))(locs, trils)
 
 
 def _distinct_tops(logdensity_fn: LogDensity, tops: Float[Array, "m d"]) -> Float[Array, "t d"]:

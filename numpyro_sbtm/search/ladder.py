@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import Stage, is_traced, run_stages
 from numpyro_sbtm.core.local import LocalMove
-from numpyro_sbtm.core.maps import Map, affine, whiten
+from numpyro_sbtm.core.maps import Affine, Map, whiten
 from numpyro_sbtm.core.mixture import Mixture, max_components, normal
 from numpyro_sbtm.core.psis import judged_tail_index
-from numpyro_sbtm.core.target import Key, LogDensity, Target
+from numpyro_sbtm.core.target import Key, Keys, LogDensity, Target
 from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.climb import dips_between
+from numpyro_sbtm.search.first_look import first_look
 from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.moves import first_step_size
 from numpyro_sbtm.search.population import NUM_WIDER, better_mixture, with_wider
@@ -29,7 +30,6 @@ Precondition = str | tuple[Any, Any] | Map | None
 
 _NUM_KEPT = 1024  # points kept for training
 _NUM_ADAPTING = 32  # points that choose the step size of local moves
-_SOUGHT = 1  # number of the stage after which particles start
 _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches further
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
@@ -55,10 +55,11 @@ def find_start(
 ) -> Located:
     """Look for the posterior, or take what is given, and judge draws from there.
 
-    Few particles look first. Where draws from what they show are good, the particles have arrived, and none
-    of them lies outside, that is all; else many look. Where weights of draws are not nearly equal, draws
-    better the mixture, in few enough dimensions, if they are then good enough. What is traced, and what has
-    too many dimensions for matrices, has no first look, and its mixture stays.
+    Normal distributions and few particles look first, then a map that bends and as few particles, then many.
+    Where draws from what one look shows are good, its particles have arrived, and none of them lies outside,
+    that is all. Where weights of draws are not nearly equal, draws better the mixture, in few enough
+    dimensions, if they are then good enough. What is traced, and what has too many dimensions for matrices,
+    is looked at once by many, and its mixture stays.
 
     Args:
         key: random key.
@@ -71,28 +72,37 @@ def find_start(
         What was found, without a step size.
     """
     starts, scouts, order = where
+    check = _check(target, search, isinstance(precondition, str) and search.num_particles > 0)
     if not isinstance(precondition, str):
-        given = [_given(precondition), _check(target, search, False)]
-        return _judged(run_stages(given, key, starts, scouts))
-    many, check = warm_start(target, order, search), _check(target, search, search.num_particles > 0)
+        return _judged(run_stages([_given(precondition), check], key, starts, scouts))
+    guess, *many = warm_start(target, order, search)
     if is_traced((key, starts)) or target.dim > search.max_dense_dim or not search.num_particles:
-        return _judged(run_stages([*many, check], key, starts, scouts))
-    key_few, key_many = jax.random.split(jax.random.fold_in(key, 1))
+        return _judged(run_stages([guess, *many, check], key, starts, scouts))
+
+    def look(number: int, stages: list[Stage], *before: Any) -> tuple[Located, list[Any]]:
+        """Look by these stages, and let draws better what is found; with what every stage returned."""
+        results: list[Any] = []
+        found = _judged(run_stages([*stages, check], *before, results=results))
+        return _bettered(jax.random.fold_in(key, number), target, found, search), results
+
     if search.refine or not search.first_particles:
-        found = _judged(run_stages([*many, check], key, starts, scouts))
-        return _bettered(key_many, target, found, search)
-    results: list[Any] = []
-    few = warm_start(target, order, search, brief=True)
-    found = _judged(run_stages([*few, check], key, starts, scouts, results=results))
-    found = _bettered(key_few, target, found, search)
+        return look(1, [guess, *many], key, starts, scouts)[0]
+    found, (guessed, *_) = look(1, [guess, *first_look(target, search)], key, starts, scouts)
     if bool(found.sufficient()):
         return found
+    seek, *few = warm_start(target, order, search, brief=True)[1:]
+    more, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
+    more = more._replace(gradients=found.gradients + more.gradients)
+    if bool(more.sufficient()):
+        return more
     # what was fitted stays; particles start anew
-    keys, *seen = results[_SOUGHT]
-    keys = run_stages([lambda keys: (jax.vmap(jax.random.fold_in, (0, None))(keys, 1),)], keys)[0]
-    more = _judged(run_stages([*many[_SOUGHT + 1 :], check], keys, *seen))
-    more = more._replace(gradients=more.gradients + (found.gradients - seen[0].gradients))
-    return _bettered(key_many, target, more, search)
+    last, _ = look(3, [_with_new_keys, *many[1:]], *fitted)
+    return last._replace(gradients=more.gradients + last.gradients - fitted[1].gradients)
+
+
+def _with_new_keys(keys: Keys, *rest: Any) -> tuple[Any, ...]:
+    """Begin a look with keys that none before has used."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 1), *rest
 
 
 def most_components(dim: int, search: Search) -> int:
@@ -185,9 +195,9 @@ def _given(precondition: tuple[Any, Any] | Map | None) -> Stage:
         # a named tuple may be a map, too
         if whitening is None or not isinstance(whitening, Map):
             loc, scale_tril = whitening or (jnp.zeros(dim), jnp.eye(dim))
-            whitening = affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
+            whitening = Affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
         none = jnp.zeros((0, dim), dtype)
-        return whitening, normal(dim), none, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
+        return whitening, normal(dim), none, none, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
 
     return given
 
@@ -195,7 +205,7 @@ def _given(precondition: tuple[Any, Any] | Map | None) -> Stage:
 def _check(target: Target, search: Search, searched: bool) -> Stage:
     """Make the stage that judges what was found, by fresh draws and by the particles."""
 
-    def check(whitening, reference, points, gradients, drift, key):  # type: ignore[no-untyped-def]
+    def check(whitening, reference, points, suspects, gradients, drift, key):  # type: ignore[no-untyped-def]
         dtype = points.dtype
         white = whiten(target, whitening)
 
@@ -207,30 +217,38 @@ def _check(target: Target, search: Search, searched: bool) -> Stage:
         if kept is not None:
             excess = _weights(white.logdensity_fn, reference, kept)
             excess = jnp.nan_to_num(excess, nan=-jnp.inf) - log_evidence(log_weight)[0]
-            outside = _outside(white.logdensity_fn, kept, excess)
-            gradients += 2 * _NUM_HEAVY * _CLIMB_STEPS
+            tops = jax.vmap(lambda x: whitening.inverse(x)[0])(suspects)
+            outside = _outside(white.logdensity_fn, kept, excess, tops)
+            gradients += 2 * (_NUM_HEAVY + len(suspects)) * _CLIMB_STEPS
         return whitening, reference, kept, fraction, khat, drift, gradients, outside
 
     return check
 
 
 def _outside(
-    logdensity_fn: LogDensity, points: Float[Array, "n d"], excess: Float[Array, " n"]
+    logdensity_fn: LogDensity,
+    points: Float[Array, "n d"],
+    excess: Float[Array, " n"],
+    suspects: Float[Array, "s d"],
 ) -> Bool[Array, ""]:
-    """Say whether one of the heaviest particles is of another mode than the nearest that is not heavy.
+    """Say whether a suspect, or one of the heaviest particles, is of another mode than all not heavy ones.
 
     A tail that is heavier than that of the mixture also makes heavy particles, but no dip lies on the way to
-    them. Both particles climb before, since in many dimensions it lies between tops only.
+    them from the nearest that is not heavy. Both ends climb before, since in many dimensions it lies between
+    tops only.
     """
     heavy = excess > _HEAVY
     heaviest = jnp.argsort(-excess)[:_NUM_HEAVY]
+    there = jnp.concatenate([heavy[heaviest], jnp.all(jnp.isfinite(suspects), -1)])
+    from_there = jnp.concatenate([points[heaviest], suspects])
+    from_there = jnp.where(there[:, None], from_there, points[0])
 
-    def nearest(u: Float[Array, " d"]) -> Int[Array, ""]:
-        return jnp.argmin(jnp.where(heavy, jnp.inf, jnp.sum((points - u) ** 2, -1)))
+    def nearest(u: Float[Array, " d"]) -> Float[Array, " d"]:
+        return points[jnp.argmin(jnp.where(heavy, jnp.inf, jnp.sum((points - u) ** 2, -1)))]
 
-    pairs = jnp.stack([heaviest, jax.vmap(nearest)(points[heaviest])])
-    tops = jax.vmap(jax.vmap(lambda u: _climb(logdensity_fn, u)))(points[pairs])
-    return jnp.any(heavy[heaviest] & jax.vmap(lambda a, b: dips_between(logdensity_fn, a, b))(*tops))
+    ends = jnp.stack([from_there, jax.vmap(nearest)(from_there)])
+    tops = jax.vmap(jax.vmap(lambda u: _climb(logdensity_fn, u)))(ends)
+    return jnp.any(there & jax.vmap(lambda a, b: dips_between(logdensity_fn, a, b))(*tops))
 
 
 def _climb(logdensity_fn: LogDensity, u: Float[Array, " d"]) -> Float[Array, " d"]:
@@ -245,4 +263,6 @@ def _climb(logdensity_fn: LogDensity, u: Float[Array, " d"]) -> Float[Array, " d
         kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), (new, *there), (u, value, gradient))
         return *kept, size * jnp.where(better, 1.5, 0.25)
 
-    return jax.lax.fori_loop(0, _CLIMB_STEPS, step, (u, *value_and_grad(u), jnp.ones((), u.dtype)))[0]
+    # the first step stays, and evaluates where it starts
+    start = u, jnp.full_like(u[0], -jnp.inf), jnp.zeros_like(u), jnp.full_like(u[0], 1 / 1.5)
+    return jax.lax.fori_loop(0, _CLIMB_STEPS, step, start)[0]

@@ -27,6 +27,7 @@ def tempered_particles(
     num_particles: int = 4096,
     num_moves: int = 3,
     brief: bool = False,
+    max_rounds: int = _MAX_TEMPERATURES,
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
@@ -42,6 +43,7 @@ def tempered_particles(
         num_particles: n.
         num_moves: transitions per temperature.
         brief: one transition per temperature, and no more at the target itself than the first five rounds.
+        max_rounds: temperatures and rounds at the target, at most.
 
     Returns:
         Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; the number of target
@@ -99,7 +101,7 @@ def tempered_particles(
         k, rounds, arrived, state, *_ = carry
         moving = (drift_between(arrived, state.particles) > 0.0) | (rounds > _MORE_ROUNDS)
         moving &= not brief
-        return ((rounds < _LAST_ROUNDS) | (moving & (rounds < _MAX_ROUNDS))) & (k < _MAX_TEMPERATURES)
+        return ((rounds < _LAST_ROUNDS) | (moving & (rounds < _MAX_ROUNDS))) & (k < max_rounds)
 
     state = adaptive_tempered.init(particles)
     state = state._replace(tempering_param=jnp.zeros((), particles.dtype))

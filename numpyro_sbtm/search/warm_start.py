@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import Stage
-from numpyro_sbtm.core.maps import Triangular, affine, whiten
+from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.maps.spline import fit_margins, identity_margins
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.ascent import likely_radius
+from numpyro_sbtm.search.belonging import belong
 from numpyro_sbtm.search.blank import padded_normal, unsearched
 from numpyro_sbtm.search.fit import Fit, fit
 from numpyro_sbtm.search.fit_points import fit_points
@@ -26,8 +26,6 @@ _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixtur
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
 _FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
-_APART = 3.0  # distance of the particles' mean that shows another mode among them
-_OTHERS = 4  # modes that are left out so
 _REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC transitions under each
 
 
@@ -90,7 +88,7 @@ def _add_missing(
         cov = centred.T @ centred / len(own)
         variance, rotation = jnp.linalg.eigh(cov + 1e-9 * jnp.trace(cov) * jnp.eye(dim))
         std = jnp.sqrt(jnp.maximum(variance, 1e-12))
-        inside = jnp.mean(_belong((particles - mean) @ rotation / std))
+        inside = jnp.mean(belong((particles - mean) @ rotation / std))
         share = jax.nn.sigmoid(elbo - log_z)
         missing = usable & (inside < _FOUND * share)
         key_which, key_draw = jax.random.split(key_f)
@@ -104,23 +102,6 @@ def _add_missing(
     keys = jax.random.split(key, len(elbos))
     carry = particles, log_z
     return jax.lax.scan(add, carry, (keys, elbos[best_first], draws[best_first]))[0][0]
-
-
-def _belong(z: Float[Array, "n d"]) -> Bool[Array, " n"]:
-    """Say which particles may be of a mode, in coordinates where it is N(0, I).
-
-    Norms are not enough: in a hundred dimensions particles of another mode six deviations away are as near
-    as many of its own. But their mean then lies off, and those beyond half of the way to it are left out.
-    """
-
-    def leave_out(_: Int[Array, ""], own: Bool[Array, " n"]) -> Bool[Array, " n"]:
-        mean = own @ z / jnp.maximum(jnp.sum(own), 1)
-        distance = jnp.linalg.norm(mean)
-        beyond = z @ mean > 0.5 * distance**2
-        return own & ~((distance > _APART) & beyond)
-
-    near = jnp.sum(z * z, -1) < likely_radius(z.shape[1])
-    return jax.lax.fori_loop(0, _OTHERS, leave_out, near)
 
 
 def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: bool = False) -> list[Stage]:
@@ -149,8 +130,9 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
         ``[s, d]``; and scouts, points that lie as widely as the target may, such as draws of the prior,
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
-        shape ``[n, d]``; the number of target gradients spent, without the few of `first_guesses`;
-        the particles' drift (see `tempered_particles`); and a random key for what comes next.
+        shape ``[n, d]``; points that may be of modes without particles, here none, shape ``[0, d]``; the
+        number of target gradients spent, without the few of `first_guesses`; the particles' drift (see
+        `tempered_particles`); and a random key for what comes next.
 
     Raises:
         ValueError: for a refined map in more dimensions than have matrices.
@@ -187,7 +169,7 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
 
     def settle(keys, found, first, base):  # type: ignore[no-untyped-def]
         mixture, nowhere = unsearched(found.best.loc)
-        return found.best, mixture, nowhere, found.gradients, jnp.zeros(()), keys[4]
+        return found.best, mixture, nowhere, nowhere, found.gradients, jnp.zeros(()), keys[4]
 
     if not search.num_particles:
         return [guess, seek, settle]
@@ -203,7 +185,9 @@ def _choose(
     gradients: Int[Array, ""],
     drift: Float[Array, ""],
     fitted: Triangular | None = None,
-) -> tuple[Triangular, Mixture, Float[Array, "n d"], Int[Array, ""], Float[Array, ""], Key]:
+) -> tuple[
+    Triangular, Mixture, Float[Array, "n d"], Float[Array, "0 d"], Int[Array, ""], Float[Array, ""], Key
+]:
     """Choose the map and the mixture, from what was found and the particles that ``first`` whitens.
 
     ``fitted`` are two maps, stacked: of the first half of the particles, which is compared, and of all.
@@ -256,7 +240,7 @@ def _choose(
     carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
-    return whitening, mixture, u, found.gradients + gradients, drift, keys[4]
+    return whitening, mixture, u, u[:0], found.gradients + gradients, drift, keys[4]
 
 
 def _affine_maps(x: Float[Array, "n d"], order: Int[Array, " d"]) -> tuple[Triangular, Triangular]:
@@ -267,4 +251,4 @@ def _affine_maps(x: Float[Array, "n d"], order: Int[Array, " d"]) -> tuple[Trian
     diagonal = jnp.diag(jnp.sqrt(jnp.diagonal(cov)))
     tril = jnp.linalg.cholesky(cov + 1e-12 * jnp.trace(cov) * jnp.eye(dim))
     tril = jnp.where(jnp.all(jnp.isfinite(tril)), tril, diagonal)
-    return affine(loc, tril, order), affine(loc, diagonal, order)
+    return Triangular.affine(loc, tril, order), Triangular.affine(loc, diagonal, order)

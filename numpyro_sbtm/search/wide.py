@@ -188,11 +188,11 @@ def wide_warm_start(target: Target, search: Search) -> list[Stage]:
 
         stay = found.whitening, found.mixture, particles, jnp.zeros((), jnp.int32)
         whitening, mixture, u, more = jax.lax.cond(found.several, lambda stay: stay, go, stay)
-        return whitening, mixture, u, gradients + more, drift, keys[4]
+        return whitening, mixture, u, u[:0], gradients + more, drift, keys[4]
 
     def settle(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]
         best = jax.tree.map(lambda leaf: leaf[0], fits)
         mixture, nowhere = unsearched(best.loc)
-        return best, mixture, nowhere, gradients, jnp.zeros(()), keys[4]
+        return best, mixture, nowhere, nowhere, gradients, jnp.zeros(()), keys[4]
 
     return [guess, seek, part, temper, finish] if search.num_particles else [guess, seek, settle]

@@ -16,8 +16,8 @@ class Map(Protocol):
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.maps import affine
-        >>> scaled = affine(jnp.ones(2), 3 * jnp.eye(2))
+        >>> from numpyro_sbtm.core.maps import Affine
+        >>> scaled = Affine(jnp.ones(2), 3 * jnp.eye(2))
         >>> x, log_det = scaled.forward(jnp.array([0.0, 1.0]))
         >>> x.tolist(), scaled.inverse(x)[0].tolist()
         ([1.0, 4.0], [0.0, 1.0])
@@ -37,10 +37,10 @@ def whiten(target: Target, whitening: Map) -> Target:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.maps import affine, whiten
+        >>> from numpyro_sbtm.core.maps import Affine, whiten
         >>> from numpyro_sbtm.core.target import Target
         >>> wide = Target(lambda x: -0.5 * jnp.sum((x / 5) ** 2), 1)
-        >>> white = whiten(wide, affine(jnp.zeros(1), 5 * jnp.eye(1)))
+        >>> white = whiten(wide, Affine(jnp.zeros(1), 5 * jnp.eye(1)))
         >>> round(float(white.logdensity_fn(jnp.ones(1))), 4)  # -1/2 + log 5
         1.1094
     """

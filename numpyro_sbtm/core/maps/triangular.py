@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.maps.spline import Margins
 
-__all__ = ["Triangular", "affine"]
+__all__ = ["Triangular"]
 
 _MAX_LOG_SCALE = 6.0  # bound on what one whitened point may add to a log scale: exp(6) is 400 times
 
@@ -56,6 +56,15 @@ class Triangular(NamedTuple):
     tail: Float[Array, " d"]
     margins: Margins | None = None
 
+    @classmethod
+    def affine(
+        cls, loc: Float[Array, " d"], scale_tril: Float[Array, "d d"], order: Int[Array, " d"] | None = None
+    ) -> "Triangular":
+        """Make the one that is affine, x[order] = loc + scale_tril u; None for x in its own order."""
+        zero, flat = jnp.zeros_like(scale_tril), jnp.zeros_like(loc)
+        order = jnp.arange(loc.shape[0]) if order is None else order
+        return cls(order, loc, scale_tril, zero, zero, flat, flat, flat, flat)
+
     def forward(self, u: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         """Map one whitened point; with the log-determinant."""
         margin, log_slopes = u, jnp.zeros((), u.dtype)
@@ -99,29 +108,6 @@ class Triangular(NamedTuple):
         log_scale = _MAX_LOG_SCALE * jnp.tanh(ratio + ratio**3 / 3.0)
         precision = jnp.exp(-2.0 * log_scale) + self.precision[j]
         return precision, (self.shift_slope[j] @ s + self.shift[j]) / precision
-
-
-def affine(
-    loc: Float[Array, " d"], scale_tril: Float[Array, "d d"], order: Int[Array, " d"] | None = None
-) -> Triangular:
-    """Make the affine whitening x = loc + scale_tril u.
-
-    Args:
-        loc: shape ``[d]``.
-        scale_tril: lower triangular with a positive diagonal, shape ``[d, d]``.
-        order: the permutation of x in which these are given; None for x itself.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from numpyro_sbtm.core.maps import affine
-        >>> x, log_det = affine(jnp.ones(2), 3 * jnp.eye(2)).forward(jnp.array([0.0, 1.0]))
-        >>> x.tolist(), round(float(log_det), 4)  # 2 log 3
-        ([1.0, 4.0], 2.1972)
-    """
-    zero = jnp.zeros_like(scale_tril)
-    order = jnp.arange(loc.shape[0]) if order is None else order
-    flat = jnp.zeros_like(loc)
-    return Triangular(order, loc, scale_tril, zero, zero, flat, flat, flat, flat)
 
 
 @jax.custom_jvp

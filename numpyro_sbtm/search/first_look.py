@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first look: what normal distributions and a few particles show of a posterior."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from numpyro_sbtm.compile import Stage
+from numpyro_sbtm.core.maps import Affine, Triangular, whiten
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
+from numpyro_sbtm.core.target import Key, Target
+from numpyro_sbtm.options import Search
+from numpyro_sbtm.search.belonging import belong
+from numpyro_sbtm.search.blank import only_normal, padded_normal
+from numpyro_sbtm.search.normals import Normals, covering_normal, fit_normals
+from numpyro_sbtm.search.temper import covering, tempered_particles
+
+__all__ = ["first_look"]
+
+_MOST_ROUNDS = 30  # of the particles: those that need more need another map
+_TIE = 0.05  # nats by which a mixture must beat one normal distribution
+_FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
+_COUNTS = 0.01  # share of the evidence from which it counts
+
+
+def first_look(target: Target, search: Search) -> list[Stage]:
+    """Find an affine map, and a mixture of normal distributions that resembles what it whitens.
+
+    Normal distributions are fitted by scores from all first guesses. A few tempered particles go over the
+    whole region, for modes that were not climbed. The map is that of their mean and covariance, and the
+    mixture has as many components as held-out particles ask for. A posterior that is nearly normal, or has
+    few modes that are, needs no more; of any other this look tells that it does.
+
+    Args:
+        target: the density on the unconstrained space.
+        search: how much is looked for.
+
+    Returns:
+        Stages for `run_stages`, that begin and end as those of `numpyro_sbtm.search.warm_start.warm_start`
+        after its first. Suspects are normal distributions in the place of which there are few particles.
+    """
+
+    def normals(keys, guesses: Triangular, scouts):  # type: ignore[no-untyped-def]
+        # guesses are affine, in the order of their rows
+        order = guesses.order[0]
+        place = jnp.argsort(order)
+        root = jax.vmap(lambda tril: jnp.linalg.qr(tril[place].T, mode="r").T)(guesses.scale_tril)
+        sign = jnp.where(jnp.diagonal(root, axis1=1, axis2=2) < 0, -1.0, 1.0)
+        maps = Affine(guesses.loc[:, place], (root * sign[:, None, :]).astype(root.dtype))
+        found, gradients = fit_normals(keys[0], target.logdensity_fn, maps)
+        first = covering_normal(found)
+        return keys, found, first, covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts)), gradients
+
+    def temper(keys, found, first, base, gradients):  # type: ignore[no-untyped-def]
+        particles, log_z, more, drift = tempered_particles(
+            keys[1], whiten(target, first), base, search.first_particles, 1, True, _MOST_ROUNDS
+        )
+        x = jax.vmap(lambda u: first.forward(u)[0])(particles)
+        return keys, x, _suspects(found, x, log_z), gradients + more, drift
+
+    return [normals, temper, _choose]
+
+
+def _suspects(found: Normals, x: Float[Array, "n d"], log_z: Float[Array, ""]) -> Float[Array, "f d"]:
+    """Take means of normal distributions in the place of which there are far too few particles.
+
+    That is fewer than their evidence asks for; all others are NaN. Tempering loses a narrow mode in many
+    dimensions, which a climb may have found.
+    """
+
+    def suspect(fit: Affine, elbo: Float[Array, ""]) -> Float[Array, " d"]:
+        inside = jnp.mean(belong(jax.vmap(lambda point: fit.inverse(point)[0])(x)))
+        share = jax.nn.sigmoid(elbo - log_z)
+        return jnp.where((share > _COUNTS) & (inside < _FOUND * share), fit.loc, jnp.nan)
+
+    return jax.lax.map(lambda each: suspect(*each), tuple(found))
+
+
+def _choose(
+    keys: Array,
+    x: Float[Array, "n d"],
+    suspects: Float[Array, "f d"],
+    gradients: Int[Array, ""],
+    drift: Float[Array, ""],
+) -> tuple[Affine, Mixture, Float[Array, "n d"], Float[Array, "f d"], Int[Array, ""], Float[Array, ""], Key]:
+    """Fit the map, and choose the mixture by half of the particles that was not used for fitting."""
+    n, dim = x.shape
+    loc, cov = jnp.mean(x, 0), jnp.cov(x, rowvar=False).reshape(dim, dim)
+    tril = jnp.linalg.cholesky(cov + 1e-9 * jnp.trace(cov) / dim * jnp.eye(dim, dtype=x.dtype))
+    usable = jnp.all(jnp.isfinite(tril))
+    whitening = Affine(loc, jnp.where(usable, tril, jnp.eye(dim, dtype=x.dtype)))
+    drift = jnp.where(usable, drift, jnp.inf)
+    u = jax.vmap(lambda point: whitening.inverse(point)[0])(x)
+    u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
+    size = max_components(n, dim)
+    if size == 1:
+        return whitening, padded_normal(u[0], 1), u, suspects, gradients, drift, keys[4]
+    sizes = jnp.array(sorted({1, 2} | {size >> shift for shift in range(size.bit_length() - 1)}))
+    train = (jnp.arange(n) < n // 2).astype(u.dtype)
+
+    def compare(carry, k):  # type: ignore[no-untyped-def]
+        # one size after the other on half of the particles; at last the best one on all of them
+        scores, _ = carry
+        last = k == len(sizes)
+        row = jnp.where(last, jnp.argmax(scores), k)
+        weight = jnp.where(last, 1.0, train)
+        mixture = fit_mixture(jax.random.fold_in(keys[3], row), u, weight, sizes[row], size)
+        score = (1.0 - train) @ jax.vmap(mixture.log_prob)(u) / jnp.sum(1.0 - train)
+        score = jnp.where(jnp.isfinite(score), score, -jnp.inf) + jnp.where(row == 0, _TIE, 0.0)
+        return (scores.at[row].set(score), mixture), None
+
+    blank = padded_normal(u[0], size)
+    carry = jnp.full(len(sizes), -jnp.inf, u.dtype), blank
+    (scores, mixture), _ = jax.lax.scan(compare, carry, jnp.arange(len(sizes) + 1))
+    one = only_normal(mixture)
+    mixture = jax.tree.map(lambda a, b: jnp.where(jnp.argmax(scores) == 0, a, b), one, mixture)
+    return whitening, mixture, u, suspects, gradients, drift, keys[4]
