@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import is_traced
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.local import LocalMove, local_move
 from numpyro_sbtm.core.maps import Triangular
 from numpyro_sbtm.core.mixture import largest, normal
@@ -25,9 +26,7 @@ from numpyro_sbtm.search.ladder import (
 from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.offset import offset_near_mode
 
-__all__ = ["Learned", "Settings", "Structure", "locate"]
-
-_EXACT = 0.9  # effective fraction of the search's draws above which they need no local moves
+__all__ = ["Learned", "Settings", "Structure", "locate", "paid_for"]
 
 
 class Settings(NamedTuple):
@@ -61,8 +60,8 @@ class Learned(NamedTuple):
         num_steps: training steps done.
         loss: of every training step, NaN for those that were not needed, shape ``[num_warmup]``.
         skipped_updates: updates left out because their gradient was not finite.
-        gradients: target gradients spent.
-        local_moves: None where draws end with none, the search's draws being nearly exact; else True.
+        spent: what training evaluated; the search's own is in ``located``.
+        local_moves: None where draws end with none, chains of the search's draws mixing well; else True.
         offset: log densities and log weights are relative to it, so that float32 holds them, shape ``[]``.
         data: fingerprint of the data that it was learned for.
     """
@@ -72,10 +71,16 @@ class Learned(NamedTuple):
     num_steps: Int[Array, ""]
     loss: Float[Array, " num_warmup"]
     skipped_updates: Int[Array, ""]
-    gradients: Int[Array, ""]
+    spent: Evaluations
     local_moves: Bool[Array, ""] | None
     offset: Float[Array, ""]
     data: np.ndarray | Array
+
+
+def paid_for(learned: Learned) -> Learned:
+    """Make what is learned without what was spent on it, for chains that find it learned."""
+    none = Evaluations().as_arrays()
+    return learned._replace(spent=none, located=learned.located._replace(spent=none))
 
 
 class Structure(NamedTuple):
@@ -86,7 +91,7 @@ class Structure(NamedTuple):
         margins: whether the whitening has any.
         turned: whether components of the reference have axes of their own.
         doubtful: whether single proposals may turn out to be poor.
-        still: whether draws end without local moves, those of the search being nearly exact.
+        still: whether draws end without local moves, which would not pay.
         learned: whether anything is trained; else draws come from what was found alone.
     """
 
@@ -129,7 +134,9 @@ def locate(
     density = target.logdensity_fn
     offset = jnp.asarray(offset_near_mode(density, where.starts), where.starts.dtype)
     target = Target(lambda x: density(x) - offset, target.dim)
-    located = find_start(key_search, target, where, precondition, settings.search)
+    located = find_start(
+        key_search, target, where, precondition, settings.search, settings.correction.steps_per_draw
+    )
     if structure is None:
         structure = _structure_of(located, settings, own)
     located = _simplified(located, structure)
@@ -145,7 +152,7 @@ def locate(
         # by NumPy: JAX would compile a program for every shape
         loss=jnp.asarray(np.full(num_steps, np.nan, dtype)),
         skipped_updates=zero,
-        gradients=located.gradients,
+        spent=Evaluations().as_arrays(),
         local_moves=None if structure.still else jnp.ones((), bool),
         offset=offset,
         data=jnp.zeros(2, jnp.uint32),
@@ -158,7 +165,7 @@ def _structure_of(located: Located, settings: Settings, own: bool) -> Structure:
 
     Of what was found, parts that are the identity and components without weight, unless each chain has its
     own, which may need them; where its draws alone would do, proposals chosen among several, and all training
-    of what is corrected and not stacked; where they are nearly exact, local moves that are made by default.
+    of what is corrected and not stacked; where chains of them mix well, local moves that are made by default.
     Where particles have not arrived everywhere, draws of what they show do not see what is missing: then
     training and moves are needed.
     """
@@ -170,14 +177,12 @@ def _structure_of(located: Located, settings: Settings, own: bool) -> Structure:
     if own and bool(located.searched):
         most = most_components(reference.centre.shape[1], settings.search)
         num_components = max(len(reference.log_weight), most)
-    # between an effective fraction of a half and nine tenths a chain may stick for many draws
-    exact = located.sufficient() & (located.ess_fraction > _EXACT)
     return Structure(
         num_components,
         margins is not None and (own or bool(np.any(margins.slope != 1.0))),
         rotation is not None and (own or bool(np.any(rotation != np.eye(rotation.shape[-1])))),
         not bool(located.usable()),
-        settings.correction.local_kernel == "auto" and bool(exact),
+        settings.correction.local_kernel == "auto" and bool(located.quick()),
         own
         or settings.method.always_trains
         or not settings.correction.metropolis

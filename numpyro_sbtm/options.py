@@ -72,7 +72,7 @@ class Search:
     first_particles: int = 512
     num_particles: int = 4096
     num_moves: int = 3
-    num_checked: int = 4096
+    num_checked: int = 2048
     mixture_rounds: int = 3
     max_mixture_dim: int = 64
     max_dense_dim: int = 128
@@ -220,8 +220,8 @@ class Correction:
         block_size: about how many proposals are made at a time.
         local_kernel: a local move that ends every draw and leaves the posterior invariant: 'hmc' (8 leapfrog
             steps), 'mala', 'nuts', a `LocalMove`, or None. Proposals travel between modes; it repairs what
-            they get wrong within one. 'auto' is 'hmc', but None where what was found is nearly exact: an
-            effective fraction above 0.9.
+            they get wrong within one. 'auto' is 'hmc', but None where chains of what was found mix well
+            without: a draw is then worth 0.3 effective ones at least.
         num_particles: where Pareto k̂ of the proposals is above 0.7, each is replaced by one chosen among so
             many, with their mean weight: by a particle filter along the paths, for a flow without noise
             among independent draws. Draws stay exact and cost as many times more; below two: never. It is not

@@ -17,6 +17,7 @@ from numpyro_sbtm.compile import is_traced
 from numpyro_sbtm.core.algorithm import Algorithm, Draws, Proposal
 from numpyro_sbtm.core.chain import Chain, ChainInfo, ChainState, Point, independence_chain
 from numpyro_sbtm.core.decay import Rays, decay
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.evidence import Estimate, from_proposals
 from numpyro_sbtm.core.importance import importance
 from numpyro_sbtm.core.maps import whiten
@@ -40,6 +41,7 @@ class Posterior:
         density: ``data -> log density`` of a point of R^d.
         unravel: from a point of R^d to the values of latent sites, unconstrained.
         sites: ``data -> (point of R^d -> values of all sites)``.
+        proper: whether it is known to have a finite integral.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -53,6 +55,7 @@ class Posterior:
     density: Callable[[Any], LogDensity]
     unravel: Callable[[Float[Array, " d"]], Any]
     sites: Callable[[Any], Callable[[Float[Array, " d"]], Any]]
+    proper: bool = False
 
     @classmethod
     def of(cls, logdensity_fn: LogDensity, dim: int) -> "Posterior":
@@ -327,6 +330,36 @@ class Sampler:
         """Find out along which rays from weighted points the density does not fall."""
         return decay(key, self.target, self.learned.located.whitening, x, log_weight)
 
+    def spent_by(self, state: ChainState) -> Evaluations:
+        """Count what chains in this state have evaluated, in numbers of Python."""
+        chains, draws = int(np.prod(state.point.log_weight.shape)), int(state.num_draws)
+        each = int(np.prod(state.block.log_weight.shape))
+        blocks, dearer = int(state.num_blocks), 0
+        if state.several is not None and bool(state.several):
+            dearer = blocks - 1  # the first, of single draws, was found poor
+        one, several = self._costs()
+        moves = round(float(np.mean(np.asarray(state.gradients))) * draws * chains)
+        weights = one.times(draws * chains if moves else 0)
+        return (
+            one.times((blocks - dearer) * each)
+            .plus(several.times(dearer * each))
+            .plus(weights)
+            .plus(Evaluations(gradients=moves))
+        )
+
+    def _costs(self) -> tuple[Evaluations, Evaluations]:
+        """Count what a proposal costs, and one that is chosen among several."""
+        if self.learned.params is None:
+            return Evaluations(values=1), Evaluations(values=1)
+        algorithm = self._algorithm
+        one = algorithm.proposal.cost
+        return one, one if algorithm.several is None else algorithm.several.cost
+
+    def cost(self) -> Evaluations:
+        """Count what a draw of the proposal costs."""
+        chosen = self.several is not None and bool(self.several)
+        return self._costs()[chosen]
+
     # ------------------------------------------------------------------ training
     def trained(self, key: Key) -> "Sampler":
         """Do all of the training, until it gains nothing more or all steps are done."""
@@ -342,7 +375,7 @@ class Sampler:
                 num_steps=k + 1,
                 loss=now.loss.at[k].set(info.loss.astype(now.loss.dtype)),
                 skipped=now.skipped + info.skipped,
-                gradients=now.gradients + info.gradients,
+                spent=now.spent.plus(Evaluations(gradients=info.gradients)),
                 finished=info.finished | (learned.located.near_exact() & (k + 1 >= enough)),
             )
             return jax.tree.map(lambda leaf, before: leaf.astype(before.dtype), new, now)
@@ -353,7 +386,7 @@ class Sampler:
             learned.num_steps,
             learned.loss,
             learned.skipped_updates,
-            learned.gradients,
+            learned.spent,
             jnp.zeros((), bool),
         )
         # a weakly typed leaf would turn strong in the first step
@@ -365,7 +398,7 @@ class Sampler:
             num_steps=end.num_steps,
             loss=end.loss,
             skipped_updates=end.skipped,
-            gradients=end.gradients,
+            spent=end.spent,
         )
         return replace(self, learned=after)
 
@@ -401,7 +434,7 @@ class Sampler:
 
     def _moves(
         self, foreign: Bool[Array, ""] | None
-    ) -> Callable[[Keys, Point, Bool[Array, ""] | None], Point] | None:
+    ) -> Callable[[Keys, Point, Bool[Array, ""] | None], tuple[Point, Int[Array, "*c"]]] | None:
         """Make the local moves of all chains that end a draw, or None where there are none."""
         local, located = self.settings.local_move(), self.learned.located
         step_size = located.step_size
@@ -412,26 +445,32 @@ class Sampler:
             return None
         white, whitening = self._white, located.whitening
 
-        def move(key: Key, point: Point, several: Bool[Array, ""] | None) -> Point:
+        def move(key: Key, point: Point, several: Bool[Array, ""] | None) -> tuple[Point, Int[Array, ""]]:
             """One local move of one chain, and the weight of where it arrives."""
             key_move, key_weight, key_size = jax.random.split(key, 3)
             size = step_size
             if foreign is not None:
                 shorter = _SHORTEST_STEP ** jax.random.uniform(key_size, (), point.x.dtype)
                 size = size * jnp.where(foreign, shorter, 1.0)
-            u, value, *_ = local.step(key_move, white.logdensity_fn, whitening.inverse(point.x)[0], size)
+            u, value, _, gradients = local.step(
+                key_move, white.logdensity_fn, whitening.inverse(point.x)[0], size
+            )
             weigh = lambda proposal: proposal.weigh(key_weight, self.learned.params, u)  # noqa: E731
             fresh = replace(self, several=several)._use(weigh)
             x, log_det = whitening.forward(u)
             # an infinite weight: what is never proposed is entered and left by these moves alone
             good = (fresh > -jnp.inf) & jnp.isfinite(value) & jnp.all(jnp.isfinite(x))
             moved = Point(x, fresh, value - log_det)
-            return jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, point)
+            kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, point)
+            return kept, jnp.asarray(gradients, jnp.int32)
 
-        def moves(keys: Keys, points: Point, several: Bool[Array, ""] | None) -> Point:
+        def moves(
+            keys: Keys, points: Point, several: Bool[Array, ""] | None
+        ) -> tuple[Point, Int[Array, "*c"]]:
             over = jax.vmap if points.log_weight.ndim else lambda function: function
             go = lambda: over(lambda key, point: move(key, point, several))(keys, points)  # noqa: E731
-            return go() if always else jax.lax.cond(foreign, go, lambda: points)
+            none = jnp.zeros(points.log_weight.shape, jnp.int32)
+            return go() if always else jax.lax.cond(foreign, go, lambda: (points, none))
 
         return moves
 
@@ -443,7 +482,7 @@ class _Progress(NamedTuple):
     num_steps: Int[Array, ""]
     loss: Float[Array, " num_warmup"]
     skipped: Int[Array, ""]
-    gradients: Int[Array, ""]
+    spent: Evaluations
     finished: Bool[Array, ""]
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.target import Key, Params
 
 __all__ = ["Algorithm", "Draws", "Info", "Proposal", "guarded_update"]
@@ -56,10 +57,12 @@ class Proposal(NamedTuple):
             point itself, or of a fresh path that ends there. For a draw x of the target and this weight
             the pair has the law that Metropolis steps leave invariant. Infinite for a point that is never
             drawn, which only other moves leave; NaN if it cannot be computed.
+        cost: what is evaluated for one draw, or for one weight.
     """
 
     draw: Callable[[Key, Params, int], Draws]
     weigh: Callable[[Key, Params, Float[Array, " d"]], Float[Array, ""]]
+    cost: Evaluations = Evaluations(values=1)
 
 
 class Algorithm(NamedTuple):

@@ -16,7 +16,7 @@ from numpyro_sbtm.core.weights import clean, metropolis, resample
 
 __all__ = ["Chain", "ChainInfo", "ChainState", "Point", "independence_chain"]
 
-_START_POOL = 256  # of a chain's first proposals, one of which becomes its first state
+_START_POOL = 96  # of a chain's first proposals, one of which becomes its first state
 
 
 class Point(NamedTuple):
@@ -40,6 +40,8 @@ class ChainState(NamedTuple):
         point: where the chains are.
         block: fresh proposals, some consumed for every draw, of leading shape ``[*c, rounds, steps]``.
         used: how many draws' worth of the block are consumed, shape ``[]``.
+        num_blocks: blocks made since the chains began, shape ``[]``.
+        gradients: of the target, mean number in a draw's local move, of each chain, shape ``[*c]``.
         num_draws: draws since the chains began, shape ``[]``.
         several: whether each proposal is chosen among several, as the first block decides; None: never.
     """
@@ -47,6 +49,8 @@ class ChainState(NamedTuple):
     point: Point
     block: Draws
     used: Int[Array, ""]
+    num_blocks: Int[Array, ""]
+    gradients: Float[Array, "*c"]
     num_draws: Int[Array, ""]
     several: Bool[Array, ""] | None
 
@@ -80,7 +84,7 @@ class Chain(NamedTuple):
 
 def independence_chain(
     propose: Callable[[Key, int, Bool[Array, ""] | None], Draws],
-    move: Callable[[Keys, Point, Bool[Array, ""] | None], Point] | None = None,
+    move: Callable[[Keys, Point, Bool[Array, ""] | None], tuple[Point, Int[Array, "*c"]]] | None = None,
     *,
     steps_per_draw: int = 4,
     block_size: int = 4096,
@@ -93,8 +97,8 @@ def independence_chain(
 
     Args:
         propose: ``(key, n, several) -> Draws``, n independent proposals with exact weights.
-        move: ``(keys, points, several) -> points``, for all chains at once: leaves the target invariant
-            together with fresh weights.
+        move: ``(keys, points, several) -> (points, gradients spent)``, for all chains at once: leaves the
+            target invariant together with fresh weights.
         steps_per_draw: Metropolis steps of a draw.
         block_size: about how many proposals are made at a time, over all chains.
         corrected: whether a Metropolis step decides; without it all that can be weighed is taken.
@@ -132,14 +136,18 @@ def independence_chain(
             point=Point(x, _filled(chains, -jnp.inf, x.dtype), logdensity.astype(x.dtype)),
             block=Draws(_filled((*shape, dim), 0.0, x.dtype), empty, empty, _filled(shape, False, bool)),
             used=zero,
+            num_blocks=zero,
+            gradients=_filled(chains, 0.0, x.dtype),
             num_draws=zero,
             several=None if is_poor is None else _filled((), False, bool),
         )
 
     def refilled(
         keys: Keys, state: ChainState, times: Int[Array, ""], fresh: Bool[Array, ""]
-    ) -> tuple[Draws, Draws, Bool[Array, ""] | None]:
-        """Make so many new blocks; return the last two, and whether proposals are chosen among several."""
+    ) -> tuple[Draws, Draws, Bool[Array, ""] | None, Int[Array, ""]]:
+        """Make so many new blocks; return the last two, whether proposals are chosen among several, and how
+        many blocks were made.
+        """
         chains = state.point.log_weight.shape
         over = jax.vmap if chains else _itself
         rounds, steps = state.block.log_weight.shape[len(chains) :]
@@ -156,8 +164,8 @@ def independence_chain(
 
         several = None if state.several is None else state.several & ~fresh
         carry = jnp.zeros((), jnp.int32), times, several, state.block, state.block
-        _, _, several, block, last = jax.lax.while_loop(lambda carry: carry[0] < carry[1], refill, carry)
-        return block, last, several
+        k, _, several, block, last = jax.lax.while_loop(lambda carry: carry[0] < carry[1], refill, carry)
+        return block, last, several, k
 
     def step(
         keys: Keys, state: ChainState, restart: Bool[Array, ""] | bool = False, refill: Any = False
@@ -168,20 +176,27 @@ def independence_chain(
         key_block, key_start, key_accept, key_move = (over(lambda key, k=k: key[k])(own) for k in range(4))
         rounds = state.block.log_weight.shape[len(chains)]
         fresh = restart | (state.num_draws == 0)
-        # two blocks where chains begin: one for their first states, one for what is proposed
+        # where chains begin, the first rounds of a block are for their first states, or all of one of its own
         due = refill | (state.used == rounds)
-        times = jnp.where(fresh, 2, jnp.where(due, 1, 0)).astype(jnp.int32)
-        block, seeds, several = refilled(key_block, state, times, fresh)
-        used = jnp.where(times > 0, 0, state.used)
-        point = jax.lax.cond(fresh, lambda: over(_first)(key_start, seeds, state.point), lambda: state.point)
+        begins = min(-(-_START_POOL // steps_per_draw), rounds // 2)
+        times = jnp.where(fresh, 1 if begins else 2, jnp.where(due, 1, 0)).astype(jnp.int32)
+        block, last, several, made = refilled(key_block, state, times, fresh)
+        used = jnp.where(times > 0, jnp.where(fresh, begins, 0), state.used)
+        first = partial(_first, num=begins * steps_per_draw or _START_POOL)
+        seeds = block if begins else last
+        point = jax.lax.cond(fresh, lambda: over(first)(key_start, seeds, state.point), lambda: state.point)
         proposals = jax.tree.map(lambda leaf: leaf[(slice(None),) * len(chains) + (used,)], block)
         steps = over(partial(_metropolis_steps, corrected=corrected))
         point, acceptance = steps(key_accept, point, proposals)
-        if move is not None:
-            point = move(key_move, point, several)
-        lost = ~jnp.isfinite(proposals.log_weight) & proposals.one_to_one
         num_draws = jnp.where(fresh, 0, state.num_draws) + 1
-        new = ChainState(point, block, used + 1, num_draws, several)
+        gradients = jnp.where(fresh, 0.0, state.gradients)
+        if move is not None:
+            point, spent = move(key_move, point, several)
+            gradients = gradients + (spent - gradients) / num_draws
+        lost = ~jnp.isfinite(proposals.log_weight) & proposals.one_to_one
+        num_blocks = jnp.where(fresh, 0, state.num_blocks) + made
+        gradients = gradients.astype(state.gradients.dtype)
+        new = ChainState(point, block, used + 1, num_blocks, gradients, num_draws, several)
         return new, ChainInfo(acceptance, jnp.sum(lost, -1, dtype=jnp.int32))
 
     return Chain(init, step)
@@ -197,9 +212,9 @@ def _filled(shape: tuple[int, ...], value: Any, dtype: Any) -> Array:
     return jnp.asarray(np.full(shape, value, dtype))
 
 
-def _first(key: Key, seeds: Draws, point: Point) -> Point:
+def _first(key: Key, seeds: Draws, point: Point, num: int) -> Point:
     """Choose a chain's first state among its first proposals by weight; without one it stays where it is."""
-    pool = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:_START_POOL], seeds)
+    pool = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], seeds)
     weight = clean(pool.log_weight)
     chosen = resample(key, weight, 1)[0]
     alive = jnp.isfinite(weight[chosen])

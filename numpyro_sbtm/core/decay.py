@@ -11,7 +11,7 @@ from numpyro_sbtm.core.maps import Map, Triangular
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.core.weights import resample
 
-__all__ = ["Rays", "decay"]
+__all__ = ["Rays", "decay", "num_values"]
 
 _POINTS = (12, 32)  # from which rays start, at least and at most
 _MANY = 8_000  # rays along coordinates, above which they start from fewer points
@@ -33,6 +33,21 @@ class Rays(NamedTuple):
     coordinates: Float[Array, "*chains d"]
     outwards: Float[Array, "*chains"]
     scaled: Float[Array, "*chains"]
+
+
+def _num_starts(dim: int) -> int:
+    fewest, most = _POINTS
+    return min(max(_MANY // (2 * dim), fewest), most)
+
+
+def _stride(dim: int) -> int:
+    """Of the coordinates that are tested."""
+    return -(-2 * dim * _POINTS[0] // _MOST)
+
+
+def num_values(dim: int) -> int:
+    """Count the values that `decay` evaluates in so many dimensions."""
+    return (len(range(0, dim, _stride(dim))) + 2) * _num_starts(dim) * (2 * len(_LENGTHS) + 1)
 
 
 def decay(
@@ -70,8 +85,7 @@ def decay(
         [0.0, 1.0]
     """
     dim = x.shape[1]
-    fewest, most = _POINTS
-    num = min(max(_MANY // (2 * dim), fewest), most)
+    num = _num_starts(dim)
     usable = jnp.isfinite(log_weight) & jnp.all(jnp.isfinite(x), -1)
     x = jnp.where(usable[:, None], x, x[jnp.argmax(usable)])
     u = jax.vmap(lambda point: whitening.inverse(point)[0])(x)
@@ -104,8 +118,7 @@ def decay(
         stays = jax.vmap(lambda x, u: along(k, x, u))(x[chosen], u[chosen])
         return jnp.max(jnp.mean(stays, 0, dtype=u.dtype))
 
-    stride = -(-2 * dim * fewest // _MOST)
-    tested = jnp.concatenate([jnp.arange(0, dim, stride), jnp.array([dim, dim + 1])])
+    tested = jnp.concatenate([jnp.arange(0, dim, _stride(dim)), jnp.array([dim, dim + 1])])
     share = jax.lax.map(direction, tested, batch_size=min(max(1, _TOGETHER // num), len(tested)))
     order = whitening.order if isinstance(whitening, Triangular) else jnp.arange(dim)
     return Rays(jnp.zeros(dim, u.dtype).at[order[tested[:-2]]].set(share[:-2]), share[-2], share[-1])

@@ -13,7 +13,7 @@ from numpyro_sbtm.core.algorithm import Algorithm, Info, guarded_update
 from numpyro_sbtm.core.divergence import Divergence, log_variance, two_pass_gradient
 from numpyro_sbtm.core.net import Net
 from numpyro_sbtm.core.options import DiffusionOptions
-from numpyro_sbtm.core.path import Path, noise_path, reevaluate, simulate
+from numpyro_sbtm.core.path import Path, evaluations_of_path, noise_path, reevaluate, simulate
 from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.smc import path_draws
 from numpyro_sbtm.core.target import Key, Keys, Params, Target
@@ -429,8 +429,7 @@ class _Training:
                 )
         else:
             after, loss, skipped, paths = self.update_through(key_paths, process, state)
-        calls = 1 if process.look_ahead is None else 2
-        gradients = jnp.asarray(options.num_paths * (self.num_simulated + 1) * calls, jnp.int32)
+        gradients = jnp.asarray(evaluations_of_path(process).gradients * options.num_paths, jnp.int32)
         progress = state.progress.after(state.step, _spread(paths))
         new = state._replace(
             step=state.step + 1,

@@ -7,12 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.target import Key, Params, Target, value_and_score
 from numpyro_sbtm.core.transition import Transition
 
-__all__ = ["Path", "evaluate", "log_kernels", "noise_path", "observe", "reevaluate", "simulate"]
+__all__ = [
+    "Path",
+    "evaluate",
+    "evaluations_of_path",
+    "log_kernels",
+    "noise_path",
+    "observe",
+    "reevaluate",
+    "simulate",
+]
 
 
 class Path(NamedTuple):
@@ -90,6 +100,11 @@ def observe(
     # a loop: the target is compiled once
     _, (values, scores) = jax.lax.scan(one, x, None, length=2)
     return values[0], scores
+
+
+def evaluations_of_path(process: Process) -> Evaluations:
+    """Count what a path evaluates: the score at every point, and once more where the process looks ahead."""
+    return Evaluations(gradients=(process.num_steps + 1) * (1 if process.look_ahead is None else 2))
 
 
 def log_kernels(

@@ -7,7 +7,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.algorithm import Draws, Proposal
-from numpyro_sbtm.core.path import evaluate, log_kernels, noise_path, observe, simulate
+from numpyro_sbtm.core.path import evaluate, evaluations_of_path, log_kernels, noise_path, observe, simulate
 from numpyro_sbtm.core.processes.base import Process
 from numpyro_sbtm.core.target import Key, Params, Target, after
 from numpyro_sbtm.core.weights import clean, ess_fraction, resample
@@ -78,7 +78,7 @@ def independent_ensemble(proposal: Proposal, num_particles: int) -> Proposal:
         log_weight = logsumexp(jnp.append(own, others)) - jnp.log(num_particles)
         return jnp.where(own > -jnp.inf, log_weight, jnp.nan)
 
-    return Proposal(draw, weigh)
+    return Proposal(draw, weigh, proposal.cost.times(num_particles))
 
 
 def path_ensemble(process: Process, target: Target, num_particles: int, power: float = 2.0) -> Proposal:
@@ -182,7 +182,7 @@ def path_ensemble(process: Process, target: Target, num_particles: int, power: f
         *_, log_weight, log_z = run(key_run, params, kept)
         return jnp.where(jnp.isfinite(log_weight[0]), log_z, jnp.nan)
 
-    return Proposal(draw, weigh)
+    return Proposal(draw, weigh, evaluations_of_path(process).times(num_particles))
 
 
 def path_draws(process: Process, target: Target, num_particles: int) -> tuple[Proposal, Proposal | None]:
@@ -205,4 +205,4 @@ def path_draws(process: Process, target: Target, num_particles: int) -> tuple[Pr
         return evaluate(process, params, target, noise_path(process, params, target, key, x)).log_weight
 
     several = path_ensemble(process, target, num_particles) if num_particles > 1 else None
-    return Proposal(draw, weigh), several
+    return Proposal(draw, weigh, evaluations_of_path(process)), several

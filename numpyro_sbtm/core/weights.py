@@ -11,7 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.core.bisection import furthest
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["clean", "ess_fraction", "log_evidence", "log_variance_at", "metropolis", "reachable", "resample"]
+__all__ = [
+    "chain_efficiency",
+    "clean",
+    "ess_fraction",
+    "log_evidence",
+    "log_variance_at",
+    "metropolis",
+    "reachable",
+    "resample",
+]
 
 
 def clean(log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -73,6 +82,38 @@ def ess_fraction(log_weight: Float[Array, " n"]) -> Float[Array, ""]:
     log_weight, _ = _centred(log_weight)
     log_ess = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
     return jnp.nan_to_num(jnp.exp(log_ess)) / log_weight.shape[0]
+
+
+def chain_efficiency(log_weight: Float[Array, " n"], num_steps: int) -> Float[Array, ""]:
+    """Predict how many effective draws one draw of a chain of independence Metropolis is worth.
+
+    A state of weight w stays for another draw with the probability r(w)^m, where r = 1 - E min(1, w'/w) is
+    that of rejecting one of m proposals; so long as it stays, all draws are one.
+
+    Args:
+        log_weight: of independent proposals, shape ``[n]``; ``-inf`` is a weight of zero.
+        num_steps: m, Metropolis steps of a draw.
+
+    Returns:
+        The inverse of E (1 + r^m) / (1 - r^m) over the target, between 0 and 1, shape ``[]``.
+
+    Reference:
+        Liu (1996), Metropolized independent sampling with comparisons to rejection sampling and importance
+        sampling, Statistics and Computing 6 (the eigenvalues of the chain, which are r(w)).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_sbtm.core.weights import chain_efficiency
+        >>> log_weight = jnp.array([0.0] * 99 + [4.0])
+        >>> [round(float(chain_efficiency(w, 4)), 2) for w in (0.0 * log_weight, log_weight)]
+        [1.0, 0.3]
+    """
+    n = log_weight.shape[0]
+    weight = jnp.sort(jnp.exp(_centred(log_weight)[0]))
+    below = jnp.cumsum(weight) / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+    stay = jnp.clip(1.0 - (below + (n - 1.0 - jnp.arange(n))) / n, 0.0, 1.0) ** num_steps
+    time = (1.0 + stay) / jnp.maximum(1.0 - stay, 1.0 / n)
+    return jnp.nan_to_num(jnp.sum(weight) / jnp.sum(jnp.where(weight > 0.0, weight * time, 0.0)))
 
 
 def reachable(log_weight: Float[Array, " n"], nats: float) -> Float[Array, ""]:

@@ -24,7 +24,7 @@ from numpyro_sbtm.kernels.problem import Problem, logdensity
 from numpyro_sbtm.kernels.sequential import Run, keys_of_sequential_run
 from numpyro_sbtm.kernels.state import KernelState, chain_axes, known_of, same_types
 from numpyro_sbtm.kernels.whitening import whitening_of
-from numpyro_sbtm.learned import Learned, Settings, locate
+from numpyro_sbtm.learned import Learned, Settings, locate, paid_for
 from numpyro_sbtm.methods.base import Method
 from numpyro_sbtm.options import Correction, Search, group_of
 from numpyro_sbtm.sampler import Posterior, Sampler, trained
@@ -342,7 +342,7 @@ class LearnedKernel(MCMCKernel):
             own = not correction.shared and (several or run.keys is not None)
             learned = self._learn(key_learn, problem, run, own=own)._replace(data=data)
             if run.keys is not None and correction.shared:
-                run.learned = learned._replace(gradients=jnp.zeros_like(learned.gradients))
+                run.learned = paid_for(learned)
         else:  # paid for by the first chain
             learned = run.learned
         assert run.structure is not None

@@ -22,6 +22,7 @@ from numpyro_sbtm.kernels.failures import explained, refuse_overflow
 from numpyro_sbtm.kernels.periodic import (
     Direction,
     find_centres,
+    has_proper_priors,
     improper_directions,
     spread,
     window_log_density,
@@ -126,6 +127,7 @@ def from_model(key: Key, model: Model, *, num_chains: int, search: Search, init_
         together=together,
         most=most,
     )
+    problem = problem._replace(proper=has_proper_priors(info.model_trace, prototype))
     centre = _circles(problem, model, improper_directions(info.model_trace, prototype))
     problem = problem._replace(potential_gen=_windowed(info.potential_fn, centre), centre=centre)
     potential_fn = problem.potential_gen(*model.args, **model.kwargs)

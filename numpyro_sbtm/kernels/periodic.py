@@ -15,6 +15,7 @@ from numpyro.distributions import (
     Independent,
     MaskedDistribution,
     TransformedDistribution,
+    Unit,
     constraints,
 )
 
@@ -24,6 +25,7 @@ from numpyro_sbtm.search.climb import climb
 __all__ = [
     "Direction",
     "find_centres",
+    "has_proper_priors",
     "improper_directions",
     "log_window",
     "spread",
@@ -163,6 +165,29 @@ def improper_directions(trace: dict[str, Any], prototype: dict[str, Any]) -> dic
                 found[first + k] = Direction(label, real, circular)
         first += prototype[name].size
     return found
+
+
+def has_proper_priors(trace: dict[str, Any], prototype: dict[str, Any]) -> bool:
+    """Say whether all priors are proper, as far as that is known, and no factor may undo them.
+
+    Args:
+        trace: of a model.
+        prototype: arrays like the unconstrained values of its latent sites.
+    """
+    sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    if any(isinstance(_base(site["fn"]), Unit) for site in sites.values()):  # a factor
+        return False
+    return all(_is_proper(sites[name]) for name in prototype)
+
+
+def _is_proper(site: dict[str, Any]) -> bool:
+    fn, base = site["fn"], _base(site["fn"])
+    while fn is not base:
+        if isinstance(fn, MaskedDistribution):
+            return False
+        fn = fn.base_dist
+    known = type(base).__module__.startswith("numpyro.distributions")
+    return known and not isinstance(base, ImproperUniform) and site["scale"] is None
 
 
 def find_centres(
@@ -310,7 +335,7 @@ def _mean_angles(
     # evenly spread over the circles (Weyl's sequence), each coordinate in its own order
     order = np.arange(1, len(points) + 1)[:, None] * np.sqrt(np.arange(2, len(index) + 2))
     points = points.at[:, index].set(_PERIOD * (order * 0.618 % 1.0 - 0.5))
-    tops = jax.jit(jax.vmap(lambda x: climb(density, x, _CLIMB_STEPS)))(points)
+    tops = jax.jit(jax.vmap(lambda x: climb(density, x, _CLIMB_STEPS)[0]))(points)
     value = probe(tops, np.zeros(1, int), np.zeros(1))[0][:, 0]
     tops = tops[np.argsort(-np.where(np.isfinite(value), value, -np.inf))[:_TOPS]]
     grid = _PERIOD * np.arange(_GRID) / _GRID

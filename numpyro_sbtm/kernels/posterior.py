@@ -73,5 +73,6 @@ def posterior_of(problem: Problem, arguments: Arguments, forward_mode: bool) -> 
     try:
         jax.eval_shape(lambda data, x: density(data)(x), data, jnp.zeros(dim))
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError, TypeError, ValueError):
-        return Posterior(dim, lambda _: density(data), problem.unravel, lambda _: sites(data)), False
-    return Posterior(dim, density, problem.unravel, sites), True
+        constant = lambda _: density(data), problem.unravel, lambda _: sites(data)
+        return Posterior(dim, *constant, problem.proper), False
+    return Posterior(dim, density, problem.unravel, sites, problem.proper), True

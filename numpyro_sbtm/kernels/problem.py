@@ -31,6 +31,7 @@ class Problem(NamedTuple):
         unravel: from a point of R^d to unconstrained values.
         together: at how many points the density may be evaluated at once, by the memory that takes.
         most: at how many points it may be evaluated at all at once; None: at any number.
+        proper: whether all priors are known to be proper, and nothing but data enters beside them.
         centre: of the windows of periodic coordinates, NaN for others, shape ``[d]``; None: all others.
     """
 
@@ -43,6 +44,7 @@ class Problem(NamedTuple):
     unravel: Callable[[Float[Array, " d"]], Any]
     together: int
     most: int | None
+    proper: bool = False
     centre: np.ndarray | None = None
 
     @property

@@ -33,6 +33,12 @@ class KernelState(NamedTuple):
     next_key: UInt32[Array, "*chains k"]
     rng_key: Key
 
+    def chain_of(self, c: int) -> ChainState:
+        """Return the state of one of several chains with samplers of their own, however they ran."""
+        assert self.chain is not None
+        # side by side they share the number of draws
+        return jax.tree.map(lambda leaf: leaf[c] if jnp.ndim(leaf) else leaf, self.chain)
+
 
 """
 A NamedTuple with the fields

@@ -1,20 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """A finished run, whoever made it."""
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float
 from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
 from numpyro_sbtm.checks import shown
+from numpyro_sbtm.core.chain import ChainState
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.kernels.base import LearnedKernel
 from numpyro_sbtm.sampler import Run, Sampler, absolute
 
 __all__ = ["Finished", "finished"]
+
+
+class Offered(NamedTuple):
+    """Independent proposals of a frozen sampler, as `numpyro_sbtm.sampler.WeightedDraws`.
+
+    Attributes:
+        x: shape ``[n, d]``.
+        log_weight: in float64, shape ``[n]``.
+        one_to_one: shape ``[n]``.
+    """
+
+    x: Float[Array, "n d"]
+    log_weight: Float[np.ndarray, " n"]
+    one_to_one: Bool[np.ndarray, " n"]
 
 
 class Finished(NamedTuple):
@@ -29,6 +47,8 @@ class Finished(NamedTuple):
         acceptance: mean acceptance probability of every chain, shape ``[C]``.
         nonfinite: proposals whose weight was not finite.
         other_data: whether the sampler was trained for other data than it drew for.
+        offered: the last proposals that chains were offered, of every sampler.
+        spent: what all proposals and moves have evaluated.
         key: that the run ended with.
     """
 
@@ -40,6 +60,8 @@ class Finished(NamedTuple):
     acceptance: Float[np.ndarray, " C"]
     nonfinite: int
     other_data: bool
+    offered: list[Offered]
+    spent: Evaluations
     key: Key
 
 
@@ -72,8 +94,17 @@ def _of_sampler(run: Run) -> Finished:
         acceptance=np.asarray(run.acceptance),
         nonfinite=int(np.sum(np.asarray(run.nonfinite))),
         other_data=False,
+        offered=[_offered(run.sampler, run.state)],
+        spent=run.sampler.spent_by(run.state),
         key=run.key,
     )
+
+
+def _offered(sampler: Sampler, state: ChainState) -> Offered:
+    """Take the block of proposals that chains were last offered."""
+    x, log_weight, _, one_to_one = (np.asarray(leaf) for leaf in state.block)
+    flat = absolute(log_weight.reshape(-1), sampler.learned.offset)
+    return Offered(jnp.asarray(x.reshape(-1, x.shape[-1])), flat, one_to_one.reshape(-1))
 
 
 def _of_mcmc(mcmc: MCMC) -> Finished:
@@ -92,6 +123,10 @@ def _of_mcmc(mcmc: MCMC) -> Finished:
         )
     samplers = kernel.samplers(state, mcmc._args, mcmc._kwargs)
     log_weight = mcmc.get_extra_fields(group_by_chain=True)["log_weight"]
+    states = [state.chain]
+    if state.learned.num_steps.ndim:
+        states = [state.chain_of(c) for c in range(len(samplers))]
+    spent = [sampler.spent_by(own) for sampler, own in zip(samplers, states, strict=True)]
     return Finished(
         samplers=samplers,
         corrected=kernel.corrected,
@@ -101,5 +136,7 @@ def _of_mcmc(mcmc: MCMC) -> Finished:
         acceptance=np.atleast_1d(np.asarray(state.mean_accept_prob)),
         nonfinite=int(np.sum(np.asarray(state.nonfinite_proposals))),
         other_data=bool(np.any(np.asarray(state.learned.data) != np.asarray(state.data))),
+        offered=[_offered(sampler, own) for sampler, own in zip(samplers, states, strict=True)],
+        spent=reduce(Evaluations.plus, spent),
         key=state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0],
     )

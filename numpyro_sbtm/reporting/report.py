@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether to trust a run, and its evidence."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,14 @@ from numpyro.infer import MCMC
 
 from numpyro_sbtm import plots
 from numpyro_sbtm.checks import whole
-from numpyro_sbtm.core.decay import Rays
+from numpyro_sbtm.core.decay import Rays, num_values
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.evidence import from_proposals, lower_bound
 from numpyro_sbtm.core.psis import tail_index
 from numpyro_sbtm.core.target import Key
 from numpyro_sbtm.reporting.convergence import convergence, site_name
 from numpyro_sbtm.reporting.evidence import from_chains
-from numpyro_sbtm.reporting.finished import Finished, finished
+from numpyro_sbtm.reporting.finished import Finished, Offered, finished
 from numpyro_sbtm.reporting.verdict import Check, Judgement, Measured, Verdict, checks, judge, printed_error
 from numpyro_sbtm.sampler import Run, Sampler, WeightedDraws, rays
 
@@ -29,6 +32,8 @@ __all__ = ["Report", "pareto_khat", "report"]
 
 _KEY = 0x7265706F  # folded into the last state's key: splitting it never comes so far
 _NO_DECAY = 0.75  # share of rays without decay above which a direction is improper
+_NUM_PROPOSALS = 4000  # fresh ones, where chains were offered too few
+_FEWEST_OFFERED = 1000  # to a chain
 _NUM_CHECKED = 1000  # proposals from which rays start
 
 
@@ -52,6 +57,36 @@ def pareto_khat(log_weight: Float[Array, " n"]) -> float:
         True
     """
     return float(tail_index(jnp.asarray(log_weight)))
+
+
+class Spending(NamedTuple):
+    """What a run has evaluated, by stage.
+
+    Attributes:
+        search: where the posterior is.
+        training: of the sampler.
+        draws: by the chains: proposals and local moves.
+        report: of this report.
+    """
+
+    search: Evaluations
+    training: Evaluations
+    draws: Evaluations
+    report: Evaluations
+
+    @property
+    def total(self) -> int:
+        """Of all stages, values and gradients alike."""
+        return int(sum(part.total for part in self))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Say it in words, one row a stage."""
+        names = ("in the search", "in training", "by the chains", "by this report")
+        return [
+            (f"evaluations {name}", f"{part.values:,} values, {part.gradients:,} gradients")
+            for name, part in zip(names, self, strict=True)
+            if part.total
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,7 +132,7 @@ class Report:
             `Correction`'s ``num_particles``); k̂ and all else is then that of the proposals so chosen.
         nonfinite_proposals: proposals with a non-finite weight while sampling; none is accepted.
         not_one_to_one: share of fresh proposals at which a transport map may fold space (SBTM).
-        gradients: gradients of the target spent in the warm start and in training.
+        evaluations: of the log density: in the search, in training, by the chains and by this report.
         corrected: whether draws are exact; else they are raw draws of the sampler.
         log_weight: of the fresh proposals, in float64, shape ``[n]``.
     """
@@ -129,7 +164,7 @@ class Report:
     ensemble: bool
     nonfinite_proposals: int
     not_one_to_one: float
-    gradients: int
+    evaluations: Spending
     corrected: bool
     log_weight: np.ndarray
 
@@ -178,7 +213,7 @@ class Report:
             ("training steps", f"{self.training_steps} of {self.training.shape[-1]}"),
             ("skipped updates", f"{self.skipped_updates}"),
             ("non-finite proposals", f"{self.nonfinite_proposals}"),
-            ("target gradients in warm-up", f"{self.gradients:,}"),
+            *self.evaluations.rows(),
         ]
         if self.ensemble:
             rows.append(("proposals", "each chosen among several (`Correction`)"))
@@ -202,16 +237,17 @@ class Report:
         return figure
 
 
-def report(mcmc: MCMC | Run, *, num_proposals: int = 4000, rng_key: Key | None = None) -> Report:
+def report(mcmc: MCMC | Run, *, num_proposals: int | None = None, rng_key: Key | None = None) -> Report:
     """Judge a finished run: of one of this package's kernels, or of a `Sampler`.
 
-    Evidence and weights come from fresh proposals of the frozen sampler, independent of the batches that
-    trained it and of the chains. The density is also evaluated along rays from some of them, to see that it
-    falls as that of a proper posterior must.
+    Evidence and weights come from independent proposals of the frozen sampler, which training has not seen.
+    Where priors may be improper, or a model has a factor, the density is also evaluated along rays from some
+    of them, to see that it falls as that of a proper posterior must.
 
     Args:
         mcmc: after `run`; or what `Sampler.sample` returned.
-        num_proposals: fresh proposals, over all trained samplers.
+        num_proposals: so many fresh proposals, over all trained samplers. None takes those that the chains
+            were last offered, which costs nothing; where these are few, 4,000 fresh ones.
         rng_key: key for them; by default derived from the run's last state.
 
     Returns:
@@ -236,13 +272,11 @@ def report(mcmc: MCMC | Run, *, num_proposals: int = 4000, rng_key: Key | None =
         ('reliable', -1.5)
     """
     run = finished(mcmc)
-    num_proposals = whole("num_proposals", num_proposals, 100)
+    if num_proposals is not None:
+        num_proposals = whole("num_proposals", num_proposals, 100)
     key = jax.random.fold_in(run.key, _KEY) if rng_key is None else rng_key
     key_proposals, key_rays = jax.random.split(key)
-    each = -(-num_proposals // len(run.samplers))
-    fresh = [
-        sampler.draw(key, each) for sampler, key in zip(run.samplers, _keys(key_proposals, run), strict=True)
-    ]
+    fresh, spent = _proposals(run, num_proposals, key_proposals)
     log_weight = np.concatenate([draws.log_weight for draws in fresh])
     one_to_one = np.concatenate([np.asarray(draws.one_to_one) for draws in fresh])
     learned = [sampler.learned for sampler in run.samplers]
@@ -259,9 +293,24 @@ def report(mcmc: MCMC | Run, *, num_proposals: int = 4000, rng_key: Key | None =
         not_finite=float(np.mean(~np.isfinite(log_weight) & one_to_one)),
         folded=float(1.0 - np.mean(one_to_one)),
         drift=max(float(one.located.drift) for one in learned),
-        improper=_improper(run, fresh, key_rays),
+        improper=() if run.samplers[0].posterior.proper else _improper(run, fresh, key_rays),
     )
-    return _summary(run, measured, log_weight)
+    if not run.samplers[0].posterior.proper:
+        spent = spent.plus(Evaluations(values=num_values(fresh[0].x.shape[1]) * len(run.samplers)))
+    return _summary(run, measured, log_weight, spent)
+
+
+def _proposals(
+    run: Finished, num: int | None, key: Key
+) -> tuple[Sequence[WeightedDraws | Offered], Evaluations]:
+    """Take what the chains were offered, where that is enough, or make fresh proposals; with their cost."""
+    if num is None and all(len(offered.log_weight) >= _FEWEST_OFFERED for offered in run.offered):
+        return run.offered, Evaluations()
+    each = -(-(num or _NUM_PROPOSALS) // len(run.samplers))
+    keys = _keys(key, run)
+    fresh = [sampler.draw(own, each) for sampler, own in zip(run.samplers, keys, strict=True)]
+    spent = [sampler.cost().times(each) for sampler in run.samplers]
+    return fresh, reduce(Evaluations.plus, spent)
 
 
 def _keys(key: Key, run: Finished) -> list[Key]:
@@ -269,7 +318,9 @@ def _keys(key: Key, run: Finished) -> list[Key]:
     return [key] if len(run.samplers) == 1 else list(jax.random.split(key, len(run.samplers)))
 
 
-def _summary(run: Finished, measured: Measured, log_weight: Float[np.ndarray, " n"]) -> Report:
+def _summary(
+    run: Finished, measured: Measured, log_weight: Float[np.ndarray, " n"], spent: Evaluations
+) -> Report:
     table = checks(measured)
     chains, forward, backward = measured.chains, measured.forward, measured.backward
     elbo, left_out = lower_bound(log_weight, forward.log_evidence)
@@ -303,13 +354,22 @@ def _summary(run: Finished, measured: Measured, log_weight: Float[np.ndarray, " 
         ensemble=measured.ensemble,
         nonfinite_proposals=run.nonfinite,
         not_one_to_one=measured.folded,
-        gradients=sum(int(one.gradients) for one in learned),
+        evaluations=Spending(
+            search=_sum(one.located.spent for one in learned),
+            training=_sum(one.spent for one in learned),
+            draws=run.spent,
+            report=spent,
+        ),
         corrected=run.corrected,
         log_weight=log_weight,
     )
 
 
-def _improper(run: Finished, fresh: list[WeightedDraws], key: Key) -> tuple[str, ...]:
+def _sum(spent: Iterable[Evaluations]) -> Evaluations:
+    return reduce(Evaluations.plus, (Evaluations(*map(int, one)) for one in spent))
+
+
+def _improper(run: Finished, fresh: Sequence[WeightedDraws | Offered], key: Key) -> tuple[str, ...]:
     """Name the sites along which the density does not fall."""
     x = jnp.concatenate([draws.x for draws in fresh])
     log_weight = np.concatenate([draws.log_weight for draws in fresh])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import LowRank, Triangular
 from numpyro_sbtm.core.target import Key, LogDensity
 
@@ -256,7 +257,7 @@ def maximise_elbos(
     num_draws: int,
     num_test: int,
     num_survivors: int | None = None,
-) -> tuple[Any, Float[Array, " f"], Float[Array, "f t d"], Int[Array, ""]]:
+) -> tuple[Any, Float[Array, " f"], Float[Array, "f t d"], Evaluations]:
     """Improve several first guesses by stochastic variational inference, side by side.
 
     All are improved for a while, a few at a time, and then those that survive. Their step size is constant
@@ -273,7 +274,7 @@ def maximise_elbos(
         num_survivors: how many are improved to the end (see `_survivors`); None: all, from the start.
 
     Returns:
-        The maps, their ELBOs on the test noise, the images of that noise, and target gradients spent.
+        The maps, their ELBOs on the test noise, the images of that noise, and what was evaluated.
 
     Reference:
         Karnin, Koren & Somekh (2013), Almost optimal exploration in multi-armed bandits (halving).
@@ -286,4 +287,5 @@ def maximise_elbos(
     test_noise = jax.random.normal(key_test, (num_test, dim), dtype)
     ascent = _Ascent(logdensity_fn, family, guesses, num_draws, at_once, key_noise, signs, test_noise)
     end = jax.lax.while_loop(lambda now: now.left >= 0, ascent.chunk, ascent.start())
-    return end.fits.maps, end.fits.elbos, end.fits.draws, end.num_steps * (at_once * num_draws)
+    spent = Evaluations(end.k * (at_once * num_test), end.num_steps * (at_once * num_draws))
+    return end.fits.maps, end.fits.elbos, end.fits.draws, spent

@@ -6,39 +6,53 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.target import LogDensity
 
-__all__ = ["climb", "connected", "dips_between", "leaders"]
+__all__ = ["climb", "connected", "dips_between", "evaluations_between", "leaders", "values_between"]
 
 _SEGMENTS, _DIP = 8, 0.5  # parts of the way between two points; nats of a dip on it that separates them
+_HALVINGS = 20  # of a step that does not gain
 _LEAST_GAIN = 1e-5  # nats in one step of a climb, below which, three times in a row, it ends
 
 
-def climb(logdensity_fn: LogDensity, start: Float[Array, " d"], num_steps: int) -> Float[Array, " d"]:
-    """Climb towards a mode by L-BFGS until it gains next to nothing; returns the best finite point met."""
-    optimiser = optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
+def climb(
+    logdensity_fn: LogDensity, start: Float[Array, " d"], num_steps: int
+) -> tuple[Float[Array, " d"], Evaluations]:
+    """Climb towards a mode by L-BFGS until it gains next to nothing.
+
+    Args:
+        logdensity_fn: the log density.
+        start: where to begin, shape ``[d]``.
+        num_steps: steps at most.
+
+    Returns:
+        The best finite point met, and what was evaluated.
+    """
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=_HALVINGS)
+    optimiser = optax.lbfgs(linesearch=search)
 
     def loss(y: Float[Array, " d"]) -> Float[Array, ""]:
         return -logdensity_fn(y)
 
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
     def step(carry):  # type: ignore[no-untyped-def]
-        k, y, state, best, best_value, stale = carry
-        value, gradient = value_and_grad(y, state=state)
+        k, y, state, best, best_value, stale, tried = carry
+        value, gradient = jax.value_and_grad(loss)(y)
         better = jnp.isfinite(value) & (value < best_value)
         stale = jnp.where(best_value - value > _LEAST_GAIN, 0, stale + 1)
         best, best_value = jnp.where(better, y, best), jnp.where(better, value, best_value)
         updates, state = optimiser.update(gradient, state, y, value=value, grad=gradient, value_fn=loss)
-        return k + 1, optax.apply_updates(y, updates), state, best, best_value, stale
+        tried += optax.tree.get(state, "num_linesearch_steps").astype(tried.dtype)
+        return k + 1, optax.apply_updates(y, updates), state, best, best_value, stale, tried
 
     def unfinished(carry):  # type: ignore[no-untyped-def]
-        k, *_, stale = carry
+        k, *_, stale, _ = carry
         return (k < num_steps) & (stale < 3)
 
     zero = jnp.zeros((), jnp.int32)
-    carry = zero, start, optimiser.init(start), start, jnp.asarray(jnp.inf, start.dtype), zero
-    return jax.lax.while_loop(unfinished, step, carry)[3]
+    carry = zero, start, optimiser.init(start), start, jnp.asarray(jnp.inf, start.dtype), zero, zero
+    end = jax.lax.while_loop(unfinished, step, carry)
+    return end[3], Evaluations(values=end[6], gradients=end[0]).as_arrays()
 
 
 def dips_between(value_fn: LogDensity, start: Float[Array, " d"], end: Float[Array, " d"]) -> Bool[Array, ""]:
@@ -59,6 +73,11 @@ def dips_between(value_fn: LogDensity, start: Float[Array, " d"], end: Float[Arr
     return ~(jnp.min(values) >= jnp.minimum(values[0], values[-1]) - _DIP)
 
 
+def values_between() -> int:
+    """Count the values that `dips_between` evaluates."""
+    return _SEGMENTS + 1
+
+
 def connected(value_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, "m m"]:
     """Say between which points a function, such as a log density, does not dip below both ends.
 
@@ -71,6 +90,11 @@ def connected(value_fn: LogDensity, points: Float[Array, "m d"]) -> Bool[Array, 
     """
     dips = jax.vmap(lambda start, end: dips_between(value_fn, start, end), (None, 0))
     return ~jax.lax.map(lambda start: dips(start, points), points)
+
+
+def evaluations_between(num: int) -> Evaluations:
+    """Count what `connected` evaluates for so many points."""
+    return Evaluations(values=num * num * values_between())
 
 
 def leaders(

@@ -3,9 +3,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from numpyro_sbtm.compile import Stage
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Affine, Triangular, whiten
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
 from numpyro_sbtm.core.target import Key, Target
@@ -40,23 +41,23 @@ def first_look(target: Target, search: Search) -> list[Stage]:
         after its first. Suspects are normal distributions in the place of which there are few particles.
     """
 
-    def normals(keys, guesses: Triangular, scouts):  # type: ignore[no-untyped-def]
+    def normals(keys, guesses: Triangular, scouts, spent):  # type: ignore[no-untyped-def]
         # guesses are affine, in the order of their rows
         order = guesses.order[0]
         place = jnp.argsort(order)
         root = jax.vmap(lambda tril: jnp.linalg.qr(tril[place].T, mode="r").T)(guesses.scale_tril)
         sign = jnp.where(jnp.diagonal(root, axis1=1, axis2=2) < 0, -1.0, 1.0)
         maps = Affine(guesses.loc[:, place], (root * sign[:, None, :]).astype(root.dtype))
-        found, gradients = fit_normals(keys[0], target.logdensity_fn, maps)
+        found, more = fit_normals(keys[0], target.logdensity_fn, maps)
         first = covering_normal(found)
-        return keys, found, first, covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts)), gradients
+        return keys, found, first, covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts)), spent.plus(more)
 
-    def temper(keys, found, first, base, gradients):  # type: ignore[no-untyped-def]
+    def temper(keys, found, first, base, spent):  # type: ignore[no-untyped-def]
         particles, log_z, more, drift = tempered_particles(
             keys[1], whiten(target, first), base, search.first_particles, 1, True, _MOST_ROUNDS
         )
         x = jax.vmap(lambda u: first.forward(u)[0])(particles)
-        return keys, x, _suspects(found, x, log_z), gradients + more, drift
+        return keys, x, _suspects(found, x, log_z), spent.plus(more), drift
 
     return [normals, temper, _choose]
 
@@ -80,9 +81,9 @@ def _choose(
     keys: Array,
     x: Float[Array, "n d"],
     suspects: Float[Array, "f d"],
-    gradients: Int[Array, ""],
+    spent: Evaluations,
     drift: Float[Array, ""],
-) -> tuple[Affine, Mixture, Float[Array, "n d"], Float[Array, "f d"], Int[Array, ""], Float[Array, ""], Key]:
+) -> tuple[Affine, Mixture, Float[Array, "n d"], Float[Array, "f d"], Evaluations, Float[Array, ""], Key]:
     """Fit the map, and choose the mixture by half of the particles that was not used for fitting."""
     n, dim = x.shape
     loc, cov = jnp.mean(x, 0), jnp.cov(x, rowvar=False).reshape(dim, dim)
@@ -94,7 +95,7 @@ def _choose(
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
     size = max_components(n, dim)
     if size == 1:
-        return whitening, padded_normal(u[0], 1), u, suspects, gradients, drift, keys[4]
+        return whitening, padded_normal(u[0], 1), u, suspects, spent, drift, keys[4]
     sizes = jnp.array(sorted({1, 2} | {size >> shift for shift in range(size.bit_length() - 1)}))
     train = (jnp.arange(n) < n // 2).astype(u.dtype)
 
@@ -114,4 +115,4 @@ def _choose(
     (scores, mixture), _ = jax.lax.scan(compare, carry, jnp.arange(len(sizes) + 1))
     one = only_normal(mixture)
     mixture = jax.tree.map(lambda a, b: jnp.where(jnp.argmax(scores) == 0, a, b), one, mixture)
-    return whitening, mixture, u, suspects, gradients, drift, keys[4]
+    return whitening, mixture, u, suspects, spent, drift, keys[4]

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import LowRank, Triangular
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.search.ascent import LOW_RANK, TRIANGULAR, likely_radius, maximise_elbos
@@ -31,7 +32,7 @@ class Fit(NamedTuple):
             where the best one does, or the pooled map suits the draws of all better, shape ``[]``.
         elbos: the ELBO of every fit, shape ``[f]``.
         draws: draws from every fit, those of failed fits not finite, shape ``[f, t, d]``.
-        gradients: target gradients spent, without those of the first guesses, which are few, shape ``[]``.
+        spent: what was evaluated, also before.
     """
 
     best: Triangular
@@ -39,7 +40,7 @@ class Fit(NamedTuple):
     separate: Bool[Array, ""]
     elbos: Float[Array, " f"]
     draws: Float[Array, "f t d"]
-    gradients: Int[Array, ""]
+    spent: Evaluations
 
 
 def _regular(cov: Float[Array, "d d"]) -> Float[Array, "d d"]:
@@ -77,7 +78,7 @@ def _mean_log_density(
 
 
 def _pool(
-    fits: Triangular, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], gradients: Int[Array, ""]
+    fits: Triangular, elbos: Float[Array, " f"], draws: Float[Array, "f t d"], spent: Evaluations
 ) -> Fit:
     """Choose the best of several fits, and cover them all."""
     best = jax.tree.map(lambda leaf: leaf[jnp.argmax(elbos)], fits)
@@ -101,7 +102,7 @@ def _pool(
     some = x[:, ::8, unsort]
     covers = _mean_log_density(pooled, weight, some) > _mean_log_density(best, weight, some)
     separate = regular & ((ratio > _SEPARATE) | covers)
-    return Fit(best, pooled, separate, elbos, draws[..., unsort], gradients)
+    return Fit(best, pooled, separate, elbos, draws[..., unsort], spent)
 
 
 def fit(key: Key, target: Target, guesses: Triangular, *, num_draws: int = 8) -> Fit:
@@ -131,7 +132,7 @@ def fit(key: Key, target: Target, guesses: Triangular, *, num_draws: int = 8) ->
 
 def fit_low_rank(
     key: Key, target: Target, guesses: LowRank, *, num_draws: int = 16
-) -> tuple[LowRank, Float[Array, " f"], Int[Array, ""]]:
+) -> tuple[LowRank, Float[Array, " f"], Evaluations]:
     """Improve low-rank maps by stochastic variational inference, their bases as they are; memory linear in d.
 
     Args:
@@ -141,9 +142,7 @@ def fit_low_rank(
         num_draws: draws per step of each fit, an even number.
 
     Returns:
-        The maps, stacked; their ELBOs, minus infinity for those that failed; and target gradients spent.
+        The maps, stacked; their ELBOs, minus infinity for those that failed; and what was evaluated.
     """
-    fits, elbos, _, gradients = maximise_elbos(
-        key, target.logdensity_fn, LOW_RANK, guesses, num_draws, num_draws
-    )
-    return fits, elbos, gradients
+    fits, elbos, _, spent = maximise_elbos(key, target.logdensity_fn, LOW_RANK, guesses, num_draws, num_draws)
+    return fits, elbos, spent

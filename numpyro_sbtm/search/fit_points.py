@@ -31,7 +31,7 @@ def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
 
     Returns:
-        The map. No target gradients are spent.
+        The map. Nothing is evaluated.
 
     Reference:
         Parno & Marzouk (2018), Transport map accelerated Markov chain Monte Carlo, arXiv:1412.5492: maps

@@ -5,13 +5,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import LowRank, Triangular
 from numpyro_sbtm.core.target import LogDensity, Target
-from numpyro_sbtm.search.climb import climb, connected, leaders
+from numpyro_sbtm.search.climb import climb, connected, evaluations_between, leaders
 
 __all__ = ["diagonal_guesses", "first_guesses", "sorted_density"]
 
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
+_NUM_CLIMBED = 24  # scouts from which modes are climbed
+_CLIMB_STEPS, _WIDE_CLIMB_STEPS = 60, 100
 _NUM_TOPS = 16  # modes that are fitted where there are no matrices
 _DROP = 0.35  # nats, over steps that measure curvature
 _STEP_BOUNDS, _HALVINGS = (-26.0, 10.0), 6  # of the binary logarithm of a step, which is then known to .6
@@ -84,7 +87,7 @@ def sorted_density(target: Target, order: Int[Array, " d"]) -> LogDensity:
 
 def first_guesses(
     target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"], order: Int[Array, " d"]
-) -> Triangular:
+) -> tuple[Triangular, Evaluations]:
     """Guess affine maps: two from every start, and a few above scouts.
 
     One is the normal (Laplace) approximation where L-BFGS arrives, which knows the scales of a well-behaved
@@ -99,19 +102,22 @@ def first_guesses(
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
 
     Returns:
-        Stacked maps, leading axis ``2 s + 4``. Costs a few dozen target gradients for every start and scout,
-        and a few d for each of ``s + 4`` tops.
+        Stacked maps, leading axis ``2 s + 4``; and what was evaluated: a few dozen values and gradients for
+        every start and for 24 scouts, and a few d for each of ``s + 4`` tops.
     """
     logdensity_fn = sorted_density(target, order)
     num, dim = starts.shape
     starts = starts[:, order]
-    tops = jax.vmap(lambda y: climb(logdensity_fn, y, 100))(jnp.concatenate([starts, scouts[:, order]]))
+    begin = jnp.concatenate([starts, scouts[:_NUM_CLIMBED, order]])
+    tops, spent = jax.vmap(lambda y: climb(logdensity_fn, y, _CLIMB_STEPS))(begin)
     locs = jnp.concatenate([tops[:num], _furthest(tops, num, _DISTANT_TOPS)])
     # one at a time: two batched LAPACK calls that XLA runs side by side can block a two-core machine
     trils = jax.lax.map(lambda y: _laplace(logdensity_fn, y), locs)
     locs = jnp.concatenate([locs, starts])
     trils = jnp.concatenate([trils, jnp.broadcast_to(jnp.eye(dim), (num, dim, dim))])
-    return jax.vmap(lambda loc, tril: Triangular.affine(loc, tril, order))(locs, trils)
+    maps = jax.vmap(lambda loc, tril: Triangular.affine(loc, tril, order))(locs, trils)
+    curvature = Evaluations(values=1 + 2 * dim * _HALVINGS, gradients=2 * dim)
+    return maps, jax.tree.map(jnp.sum, spent).plus(curvature.times(num + _DISTANT_TOPS)).as_arrays()
 
 
 def _distinct_tops(logdensity_fn: LogDensity, tops: Float[Array, "m d"]) -> Float[Array, "t d"]:
@@ -131,7 +137,9 @@ def _distinct_tops(logdensity_fn: LogDensity, tops: Float[Array, "m d"]) -> Floa
     return tops[jnp.argsort(priority)[:_NUM_TOPS]]
 
 
-def diagonal_guesses(target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]) -> LowRank:
+def diagonal_guesses(
+    target: Target, starts: Float[Array, "s d"], scouts: Float[Array, "m d"]
+) -> tuple[LowRank, Evaluations]:
     """Guess maps of rank zero: unit scales at starts, and narrow ones at different modes.
 
     Those are where L-BFGS arrives from starts and scouts. Tops between which the density does not dip count
@@ -143,12 +151,14 @@ def diagonal_guesses(target: Target, starts: Float[Array, "s d"], scouts: Float[
         scouts: points that lie as widely as the density may, shape ``[m, d]``.
 
     Returns:
-        Stacked maps, leading axis ``s + 16``, or less where there are fewer climbs.
+        Stacked maps, leading axis ``s + 16``, or less where there are fewer climbs; and what was evaluated.
     """
     begin = jnp.concatenate([starts, scouts])
-    tops = jax.vmap(lambda y: climb(target.logdensity_fn, y, 100))(begin)
+    tops, spent = jax.vmap(lambda y: climb(target.logdensity_fn, y, _WIDE_CLIMB_STEPS))(begin)
+    spent = jax.tree.map(jnp.sum, spent).plus(evaluations_between(len(begin)))
     tops = _distinct_tops(target.logdensity_fn, tops)
     locs = jnp.concatenate([tops, starts])
     std = jnp.where(jnp.arange(len(locs)) < len(tops), _NARROW, 1.0)[:, None] * jnp.ones_like(locs)
     num, dim = locs.shape
-    return LowRank(locs, std, jnp.zeros((num, dim, 0), locs.dtype), jnp.zeros((num, 0), locs.dtype))
+    maps = LowRank(locs, std, jnp.zeros((num, dim, 0), locs.dtype), jnp.zeros((num, 0), locs.dtype))
+    return maps, spent.as_arrays()

@@ -9,14 +9,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import Stage, is_traced, run_stages
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.local import LocalMove
 from numpyro_sbtm.core.maps import Affine, Map, whiten
 from numpyro_sbtm.core.mixture import Mixture, max_components, normal
 from numpyro_sbtm.core.psis import judged_tail_index
 from numpyro_sbtm.core.target import Key, Keys, LogDensity, Target
-from numpyro_sbtm.core.weights import clean, ess_fraction, log_evidence
+from numpyro_sbtm.core.weights import chain_efficiency, clean, ess_fraction, log_evidence
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.climb import dips_between
+from numpyro_sbtm.search.climb import dips_between, values_between
 from numpyro_sbtm.search.first_look import first_look
 from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.moves import first_step_size
@@ -51,7 +52,12 @@ class StartingPoints(NamedTuple):
 
 
 def find_start(
-    key: Key, target: Target, where: StartingPoints, precondition: Precondition, search: Search
+    key: Key,
+    target: Target,
+    where: StartingPoints,
+    precondition: Precondition,
+    search: Search,
+    steps_per_draw: int = 4,
 ) -> Located:
     """Look for the posterior, or take what is given, and judge draws from there.
 
@@ -67,12 +73,14 @@ def find_start(
         where: points to look from.
         precondition: 'auto' to look for it, else the whitening itself.
         search: how much is looked for.
+        steps_per_draw: Metropolis steps of a draw, for what is predicted of chains.
 
     Returns:
         What was found, without a step size.
     """
     starts, scouts, order = where
-    check = _check(target, search, isinstance(precondition, str) and search.num_particles > 0)
+    searched = isinstance(precondition, str) and search.num_particles > 0
+    check = _check(target, search, searched, steps_per_draw)
     if not isinstance(precondition, str):
         return _judged(run_stages([_given(precondition), check], key, starts, scouts))
     guess, *many = warm_start(target, order, search)
@@ -83,7 +91,7 @@ def find_start(
         """Look by these stages, and let draws better what is found; with what every stage returned."""
         results: list[Any] = []
         found = _judged(run_stages([*stages, check], *before, results=results))
-        return _bettered(jax.random.fold_in(key, number), target, found, search), results
+        return _bettered(jax.random.fold_in(key, number), target, found, search, steps_per_draw), results
 
     if search.refine or not search.first_particles:
         return look(1, [guess, *many], key, starts, scouts)[0]
@@ -92,12 +100,13 @@ def find_start(
         return found
     seek, *few = warm_start(target, order, search, brief=True)[1:]
     more, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
-    more = more._replace(gradients=found.gradients + more.gradients)
+    more = more._replace(spent=found.spent.plus(more.spent))
     if bool(more.sufficient()):
         return more
     # what was fitted stays; particles start anew
     last, _ = look(3, [_with_new_keys, *many[1:]], *fitted)
-    return last._replace(gradients=more.gradients + last.gradients - fitted[1].gradients)
+    # the fit is in both
+    return last._replace(spent=more.spent.plus(last.spent).plus(fitted[1].spent.times(-1)))
 
 
 def _with_new_keys(keys: Keys, *rest: Any) -> tuple[Any, ...]:
@@ -117,7 +126,7 @@ def most_components(dim: int, search: Search) -> int:
     return max_components(search.num_particles, dim) + NUM_WIDER
 
 
-def _bettered(key: Key, target: Target, found: Located, search: Search) -> Located:
+def _bettered(key: Key, target: Target, found: Located, search: Search, steps_per_draw: int) -> Located:
     """Let draws better the mixture, where that may do instead of training, and judge it by fresh ones.
 
     Training starts better from the mixture that particles show: the wider components and the many axes of
@@ -132,10 +141,13 @@ def _bettered(key: Key, target: Target, found: Located, search: Search) -> Locat
         key_rounds, key_check = jax.random.split(key)
         density = whiten(target, whitening).logdensity_fn
         better = better_mixture(key_rounds, density, with_wider(reference, points), num, rounds)
-        return better, *_quality(_fresh_weights(key_check, density, better, num), points.dtype)
+        log_weight = _fresh_weights(key_check, density, better, num)
+        return better, *_quality(log_weight, steps_per_draw, points.dtype)
 
-    better, fraction, khat = run_stages([adapt], key, found.whitening, found.reference, found.points)
-    bettered = found._replace(reference=better, ess_fraction=fraction, khat=khat)
+    better, *quality = run_stages([adapt], key, found.whitening, found.reference, found.points)
+    fraction, khat, efficiency = quality
+    found = found._replace(spent=found.spent.plus(Evaluations(values=(rounds + 1) * num)))
+    bettered = found._replace(reference=better, ess_fraction=fraction, khat=khat, efficiency=efficiency)
     worse = float(fraction) < _WORSE * float(found.ess_fraction)
     return found if worse or not bool(bettered.sufficient()) else bettered
 
@@ -150,9 +162,14 @@ def _fresh_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture, num: 
     return clean(_weights(logdensity_fn, proposal, draws))
 
 
-def _quality(log_weight: Float[Array, " n"], dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute the effective fraction, and k-hat where it matters."""
-    return ess_fraction(log_weight).astype(dtype), judged_tail_index(log_weight).astype(dtype)
+def _quality(log_weight: Float[Array, " n"], steps_per_draw: int, dtype: Any) -> tuple[Float[Array, ""], ...]:
+    """Compute the effective fraction, k-hat where it matters, and what a draw of a chain is worth."""
+    measures = (
+        ess_fraction(log_weight),
+        judged_tail_index(log_weight),
+        chain_efficiency(log_weight, steps_per_draw),
+    )
+    return tuple(measure.astype(dtype) for measure in measures)
 
 
 def with_step_size(
@@ -171,7 +188,7 @@ def with_step_size(
         return local.adapt(key_adapt, whiten(target, found.whitening).logdensity_fn, points)
 
     step_size, gradients = run_stages([adapt], key, found)
-    return found._replace(step_size=step_size, gradients=found.gradients + gradients)
+    return found._replace(step_size=step_size, spent=found.spent.plus(Evaluations(gradients=gradients)))
 
 
 def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
@@ -181,9 +198,9 @@ def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
 
 def _judged(found: tuple[Any, ...]) -> Located:
     """Name what `_check` returned."""
-    whitening, reference, points, fraction, khat, drift, gradients, outside = found
+    whitening, reference, points, quality, drift, outside, spent = found
     searched = jnp.asarray(np.array(points is not None))
-    return Located(whitening, reference, points, fraction, khat, drift, outside, None, gradients, searched)
+    return Located(whitening, reference, points, *quality, drift, outside, None, spent, searched)
 
 
 def _given(precondition: tuple[Any, Any] | Map | None) -> Stage:
@@ -197,30 +214,32 @@ def _given(precondition: tuple[Any, Any] | Map | None) -> Stage:
             loc, scale_tril = whitening or (jnp.zeros(dim), jnp.eye(dim))
             whitening = Affine(jnp.asarray(loc, dtype), jnp.asarray(scale_tril, dtype))
         none = jnp.zeros((0, dim), dtype)
-        return whitening, normal(dim), none, none, jnp.zeros((), jnp.int32), jnp.zeros((), dtype), key
+        return whitening, normal(dim), none, none, Evaluations().as_arrays(), jnp.zeros((), dtype), key
 
     return given
 
 
-def _check(target: Target, search: Search, searched: bool) -> Stage:
+def _check(target: Target, search: Search, searched: bool, steps_per_draw: int) -> Stage:
     """Make the stage that judges what was found, by fresh draws and by the particles."""
 
-    def check(whitening, reference, points, suspects, gradients, drift, key):  # type: ignore[no-untyped-def]
+    def check(whitening, reference, points, suspects, spent, drift, key):  # type: ignore[no-untyped-def]
         dtype = points.dtype
         white = whiten(target, whitening)
 
         log_weight = _fresh_weights(key, white.logdensity_fn, reference, search.num_checked)
         kept = _some(points, _NUM_KEPT) if searched else None
-        fraction, khat = _quality(log_weight, dtype)
-        drift, gradients = drift.astype(dtype), gradients.astype(jnp.int32)
+        quality = _quality(log_weight, steps_per_draw, dtype)
+        drift, spent = drift.astype(dtype), spent.plus(Evaluations(values=search.num_checked))
         outside = jnp.zeros((), bool)
         if kept is not None:
             excess = _weights(white.logdensity_fn, reference, kept)
             excess = jnp.nan_to_num(excess, nan=-jnp.inf) - log_evidence(log_weight)[0]
             tops = jax.vmap(lambda x: whitening.inverse(x)[0])(suspects)
             outside = _outside(white.logdensity_fn, kept, excess, tops)
-            gradients += 2 * (_NUM_HEAVY + len(suspects)) * _CLIMB_STEPS
-        return whitening, reference, kept, fraction, khat, drift, gradients, outside
+            of_pair = Evaluations(values_between(), 2 * _CLIMB_STEPS)
+            spent = spent.plus(of_pair.times(_NUM_HEAVY + len(suspects)))
+            spent = spent.plus(Evaluations(values=len(kept)))
+        return whitening, reference, kept, quality, drift, outside, spent.as_arrays()
 
     return check
 

@@ -3,13 +3,16 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Map
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.psis import FINITE_VARIANCE_KHAT, USABLE_KHAT
 
 __all__ = ["Located"]
+
+_WORTH = 0.3
 
 
 class Located(NamedTuple):
@@ -22,10 +25,12 @@ class Located(NamedTuple):
             once training is over.
         ess_fraction: effective sample fraction of draws from it.
         khat: Pareto k̂ of their weights; minus infinity where their tail does no harm.
+        efficiency: what a draw of a chain of such proposals is worth, in effective draws, as predicted
+            from the weights (see `numpyro_sbtm.core.weights.chain_efficiency`).
         drift: by what part a variance of tempered particles still changed, at least, shape ``[]``.
         outside: whether a particle is of a mode from which nothing is drawn, shape ``[]``.
         step_size: of local moves, in whitened units; None where there are none, shape ``[]``.
-        gradients: target gradients spent.
+        spent: what was evaluated.
         searched: whether anything looked for modes, shape ``[]``.
     """
 
@@ -34,10 +39,11 @@ class Located(NamedTuple):
     points: Float[Array, "m d"] | None
     ess_fraction: Float[Array, ""]
     khat: Float[Array, ""]
+    efficiency: Float[Array, ""]
     drift: Float[Array, ""]
     outside: Bool[Array, ""]
     step_size: Float[Array, ""] | None
-    gradients: Int[Array, ""]
+    spent: Evaluations
     searched: Bool[Array, ""]
 
     def near_exact(self) -> Bool[Array, ""]:
@@ -47,6 +53,10 @@ class Located(NamedTuple):
     def sufficient(self) -> Bool[Array, ""]:
         """Say whether draws from it do as proposals: usable, its particles arrived, and none outside."""
         return self.usable() & self.settled()
+
+    def quick(self) -> Bool[Array, ""]:
+        """Say whether chains of its draws need no local moves, which cost as much as two or three draws."""
+        return self.sufficient() & (self.efficiency > _WORTH)
 
     def settled(self) -> Bool[Array, ""]:
         """Say whether its particles arrived everywhere, and none lies outside what is drawn."""

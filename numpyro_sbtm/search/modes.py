@@ -10,18 +10,19 @@ from jax.nn import log_sigmoid
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import LowRank, Triangular, whiten
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key, LogDensity, Target
-from numpyro_sbtm.search.climb import connected, leaders
+from numpyro_sbtm.search.climb import connected, evaluations_between, leaders
 from numpyro_sbtm.search.moves import LEAPS, drift_between, hmc_moves
 
 __all__ = [
     "MAX_MODES",
     "Mode",
     "describe_modes",
+    "evaluations_per_mode",
     "fit_normal",
-    "gradients_per_mode",
     "log_evidence_by_bridge",
     "num_draws",
     "on_own_side",
@@ -65,14 +66,15 @@ def num_draws(dim: int) -> int:
     return _NUM_DRAWS if dim <= _MATRICES else _NUM_DRAWS_BEYOND
 
 
-def gradients_per_mode(dim: int) -> int:
-    """Return how many target gradients `polish` spends."""
-    return num_draws(dim) * (1 + _ROUNDS * (_MOVES * LEAPS + 1))
+def evaluations_per_mode(dim: int) -> Evaluations:
+    """Count what `polish` and `describe_modes`, twice, evaluate for a mode."""
+    moves = Evaluations(gradients=_ROUNDS * (_MOVES * LEAPS + 1))
+    return Evaluations(values=3).plus(moves).times(num_draws(dim))
 
 
 def separate_fits(
     key: Key, logdensity_fn: LogDensity, fits: LowRank, elbos: Float[Array, " f"]
-) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
+) -> tuple[Int[Array, " K"], Bool[Array, " K"], Evaluations]:
     """Choose one fit for every mode that may count.
 
     Two fits are of one mode if neither the density dips between their means nor the ELBO between them, or if
@@ -87,7 +89,8 @@ def separate_fits(
         elbos: shape ``[f]``.
 
     Returns:
-        Indices of fits, the best one first, and which of these are there, each of shape ``[MAX_MODES]``.
+        Indices of fits, the best one first, and which of these are there, each of shape ``[MAX_MODES]``; and
+        what was evaluated.
     """
     dim = fits.loc.shape[1]
     usable = elbos > jnp.max(elbos) - _COMPARABLE - _PER_DIMENSION * dim
@@ -107,7 +110,8 @@ def separate_fits(
     order = jnp.argsort(-elbos)
     first, _ = leaders(order, same, usable)
     chosen = order[jnp.argsort(~first[order])][:MAX_MODES]
-    return chosen, first[chosen]
+    spent = evaluations_between(len(loc))
+    return chosen, first[chosen], spent.times(1 + 2 * _NUM_PAIRS)
 
 
 def fit_normal(
@@ -179,7 +183,7 @@ def polish(key: Key, logdensity_fn: LogDensity, loc: Float[Array, " d"], std: Fl
         std: its deviations, shape ``[d]``.
 
     Returns:
-        The draws. They cost `gradients_per_mode` target gradients.
+        The draws. They cost `evaluations_per_mode`.
     """
     dim = len(loc)
     diagonal = dim > _MATRICES

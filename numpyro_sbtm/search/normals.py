@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Affine
 from numpyro_sbtm.core.target import Key, LogDensity
 from numpyro_sbtm.search.modes import fit_normal
@@ -23,15 +24,15 @@ class Normals(NamedTuple):
     """Normal distributions, leading axis f.
 
     Attributes:
-        maps: from N(0, I) to each.
-        elbos: shape ``[f]``.
+    maps: from N(0, I) to each.
+    elbos: shape ``[f]``.
     """
 
     maps: Affine
     elbos: Float[Array, " f"]
 
 
-def fit_normals(key: Key, logdensity_fn: LogDensity, guesses: Affine) -> tuple[Normals, Int[Array, ""]]:
+def fit_normals(key: Key, logdensity_fn: LogDensity, guesses: Affine) -> tuple[Normals, Evaluations]:
     """Fit a normal distribution from each of several guesses, by the scores at a few of its own draws.
 
     Every round moves it to where the Fisher divergence over these draws is least, which for a normal density
@@ -43,7 +44,7 @@ def fit_normals(key: Key, logdensity_fn: LogDensity, guesses: Affine) -> tuple[N
         guesses: stacked maps, leading axis f.
 
     Returns:
-        The normal distributions, and target gradients spent.
+        The normal distributions, and what was evaluated.
 
     Reference:
         Cai et al. (2024), Batch and match: black-box variational inference with a score-based divergence,
@@ -54,7 +55,7 @@ def fit_normals(key: Key, logdensity_fn: LogDensity, guesses: Affine) -> tuple[N
         >>> from numpyro_sbtm.core.maps import Affine
         >>> from numpyro_sbtm.search.normals import fit_normals
         >>> guess = Affine(jnp.zeros((1, 2)), jnp.eye(2)[None])
-        >>> found, gradients = fit_normals(jax.random.key(0), lambda x: -50 * jnp.sum((x - 7) ** 2), guess)
+        >>> found, spent = fit_normals(jax.random.key(0), lambda x: -50 * jnp.sum((x - 7) ** 2), guess)
         >>> found.maps.loc.round(2).tolist(), found.maps.scale_tril[0].diagonal().round(2).tolist()
         ([[7.0, 7.0]], [0.1, 0.1])
     """
@@ -87,7 +88,7 @@ def fit_normals(key: Key, logdensity_fn: LogDensity, guesses: Affine) -> tuple[N
     lowest = jnp.full(num_fits, -jnp.inf, guesses.loc.dtype)
     carry = guesses, Normals(guesses, lowest)
     (_, best), _ = jax.lax.scan(improve, carry, jax.random.split(key, _ROUNDS))
-    return best, jnp.asarray(_ROUNDS * num_fits * num_draws, jnp.int32)
+    return best, Evaluations(gradients=_ROUNDS * num_fits * num_draws).as_arrays()
 
 
 def covering_normal(found: Normals) -> Affine:

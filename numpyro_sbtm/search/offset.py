@@ -40,5 +40,5 @@ def offset_near_mode(logdensity_fn: LogDensity, starts: Float[Array, "s d"]) -> 
     if abs(float(values[best])) < _ROUNDED:
         return 0.0
     # where it is so large it changes as much on the way to a mode
-    top = jax.jit(lambda x: logdensity_fn(climb(logdensity_fn, x, _STEPS)))(starts[best])
+    top = jax.jit(lambda x: logdensity_fn(climb(logdensity_fn, x, _STEPS)[0]))(starts[best])
     return float(jnp.maximum(top, values[best]))

@@ -3,8 +3,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.lazy import load
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key, Target
@@ -28,7 +29,7 @@ def tempered_particles(
     num_moves: int = 3,
     brief: bool = False,
     max_rounds: int = _MAX_TEMPERATURES,
-) -> tuple[Float[Array, "n d"], Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
+) -> tuple[Float[Array, "n d"], Float[Array, ""], Evaluations, Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 
     Temperatures keep the effective sample size of every reweighting at 0.7 of the particles. Step sizes
@@ -46,8 +47,8 @@ def tempered_particles(
         max_rounds: temperatures and rounds at the target, at most.
 
     Returns:
-        Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; the number of target
-        gradients spent; and by what part moves at the target itself have changed a variance at least, the
+        Particles of equal weight, shape ``[n, d]``; an estimate of log Z, shape ``[]``; what was
+        evaluated; and by what part moves at the target itself have changed a variance at least, the
         last thirty where there are so many, zero where that is within noise: beyond it particles had not
         arrived, and may not have now.
 
@@ -60,7 +61,7 @@ def tempered_particles(
         >>> from numpyro_sbtm.core.mixture import normal
         >>> from numpyro_sbtm.search.temper import tempered_particles
         >>> target = Target(lambda x: -0.5 * jnp.sum((x - 1) ** 2 / 0.01), 2)
-        >>> x, log_z, gradients, drift = tempered_particles(jax.random.key(0), target, normal(2), 500)
+        >>> x, log_z, spent, drift = tempered_particles(jax.random.key(0), target, normal(2), 500)
         >>> x.mean(0).round(1).tolist()
         [1.0, 1.0]
         >>> float(drift)
@@ -110,7 +111,8 @@ def tempered_particles(
     carry = none, none, particles, state, step_size, jnp.zeros((), particles.dtype)
     temperatures, _, arrived, state, _, log_z = jax.lax.while_loop(unfinished, advance, carry)
     drift = jnp.where(state.tempering_param < 1.0, jnp.inf, drift_between(arrived, state.particles))
-    return state.particles, log_z, temperatures * (num_particles * num_moves * LEAPS), drift
+    each = Evaluations(values=1, gradients=num_moves * LEAPS + 1)
+    return state.particles, log_z, each.times(temperatures * num_particles), drift
 
 
 def covering(scouts: Float[Array, "m d"]) -> Mixture:

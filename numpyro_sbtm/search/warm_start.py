@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import Stage
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.maps.spline import fit_margins, identity_margins
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
@@ -131,8 +132,8 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
         shape ``[n, d]``; points that may be of modes without particles, here none, shape ``[0, d]``; the
-        number of target gradients spent, without the few of `first_guesses`; the particles' drift (see
-        `tempered_particles`); and a random key for what comes next.
+        what was evaluated; the particles' drift (see `tempered_particles`); and a random key for what comes
+        next.
 
     Raises:
         ValueError: for a refined map in more dimensions than have matrices.
@@ -146,10 +147,12 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
         return wide_warm_start(target, search)
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
-        return jax.random.split(key, 5), first_guesses(target, starts, scouts, order), scouts
+        guesses, spent = first_guesses(target, starts, scouts, order)
+        return jax.random.split(key, 5), guesses, scouts, spent
 
-    def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
+    def seek(keys, guesses, scouts, spent):  # type: ignore[no-untyped-def]
         found = fit(keys[0], target, guesses)
+        found = found._replace(spent=found.spent.plus(spent))
         first = jax.tree.map(lambda a, b: jnp.where(found.separate, a, b), found.pooled, found.best)
         return keys, found, first, covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts))
 
@@ -158,18 +161,19 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
         white = whiten(target, first)
         return keys, found, first, *tempered_particles(keys[1], white, base, num, search.num_moves, brief)
 
-    def refine(keys, found, first, particles, log_z, gradients, drift):  # type: ignore[no-untyped-def]
+    def refine(keys, found, first, particles, log_z, spent, drift):  # type: ignore[no-untyped-def]
         key_refine, key_mixture = jax.random.split(keys[3])
         fitted, moved, spreading = _refine(key_refine, target, first, particles, order)
         good = jnp.all(jnp.isfinite(moved))
         particles = jnp.where(good, moved, particles)
         drift = jnp.where(good & jnp.isfinite(drift), spreading, drift)
-        gradients += _REFINEMENTS * _REFINING_MOVES * LEAPS * len(particles)
-        return keys.at[3].set(key_mixture), found, first, particles, log_z, gradients, drift, fitted
+        moves = Evaluations(gradients=_REFINEMENTS * (_REFINING_MOVES * LEAPS + 1))
+        spent = spent.plus(moves.times(len(particles)))
+        return keys.at[3].set(key_mixture), found, first, particles, log_z, spent, drift, fitted
 
     def settle(keys, found, first, base):  # type: ignore[no-untyped-def]
         mixture, nowhere = unsearched(found.best.loc)
-        return found.best, mixture, nowhere, nowhere, found.gradients, jnp.zeros(()), keys[4]
+        return found.best, mixture, nowhere, nowhere, found.spent, jnp.zeros(()), keys[4]
 
     if not search.num_particles:
         return [guess, seek, settle]
@@ -182,12 +186,10 @@ def _choose(
     first: Triangular,
     particles: Float[Array, "n d"],
     log_z: Float[Array, ""],
-    gradients: Int[Array, ""],
+    spent: Evaluations,
     drift: Float[Array, ""],
     fitted: Triangular | None = None,
-) -> tuple[
-    Triangular, Mixture, Float[Array, "n d"], Float[Array, "0 d"], Int[Array, ""], Float[Array, ""], Key
-]:
+) -> tuple[Triangular, Mixture, Float[Array, "n d"], Float[Array, "0 d"], Evaluations, Float[Array, ""], Key]:
     """Choose the map and the mixture, from what was found and the particles that ``first`` whitens.
 
     ``fitted`` are two maps, stacked: of the first half of the particles, which is compared, and of all.
@@ -240,7 +242,7 @@ def _choose(
     carry = jnp.full(len(rows), -jnp.inf, x.dtype), *blanks, x
     (_, whitening, mixture, u), _ = jax.lax.scan(compare, carry, jnp.arange(len(rows) + 1))
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
-    return whitening, mixture, u, u[:0], found.gradients + gradients, drift, keys[4]
+    return whitening, mixture, u, u[:0], found.spent.plus(spent), drift, keys[4]
 
 
 def _affine_maps(x: Float[Array, "n d"], order: Int[Array, " d"]) -> tuple[Triangular, Triangular]:

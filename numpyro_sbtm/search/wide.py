@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.compile import Stage
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import LowRank, whiten
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key, Target
@@ -18,7 +19,7 @@ from numpyro_sbtm.search.guesses import diagonal_guesses
 from numpyro_sbtm.search.modes import (
     Mode,
     describe_modes,
-    gradients_per_mode,
+    evaluations_per_mode,
     num_draws,
     on_own_side,
     polish,
@@ -51,8 +52,8 @@ class _Modes(NamedTuple):
 
 def _draw_modes(
     key: Key, target: Target, fits: LowRank, there: Bool[Array, " K"]
-) -> tuple[Mode, Int[Array, ""]]:
-    """Polish fits, where there are several; with target gradients spent."""
+) -> tuple[Mode, Evaluations]:
+    """Polish fits, where there are several; with what was evaluated."""
     several = jnp.sum(there) > 1
 
     def one(inputs):  # type: ignore[no-untyped-def]
@@ -67,7 +68,7 @@ def _draw_modes(
 
     keys = jax.random.split(key, len(there))
     modes = jax.lax.map(one, (keys, jnp.arange(len(there)), there & several))
-    return modes, jnp.where(several, jnp.sum(there), 0) * gradients_per_mode(target.dim)
+    return modes, evaluations_per_mode(target.dim).times(jnp.where(several, jnp.sum(there), 0))
 
 
 def _mixture_of_modes(
@@ -148,19 +149,21 @@ def wide_warm_start(target: Target, search: Search) -> list[Stage]:
     """Do what the warm start does where particles are too few for covariances."""
 
     def guess(key, starts, scouts):  # type: ignore[no-untyped-def]
-        return jax.random.split(key, 8), diagonal_guesses(target, starts, scouts), scouts
+        guesses, spent = diagonal_guesses(target, starts, scouts)
+        return jax.random.split(key, 8), guesses, scouts, spent
 
-    def seek(keys, guesses, scouts):  # type: ignore[no-untyped-def]
-        fits, elbos, gradients = fit_low_rank(keys[0], target, guesses)
-        chosen, there = separate_fits(keys[7], target.logdensity_fn, fits, elbos)
-        return keys, jax.tree.map(lambda leaf: leaf[chosen], fits), there, gradients, scouts
+    def seek(keys, guesses, scouts, spent):  # type: ignore[no-untyped-def]
+        fits, elbos, of_fits = fit_low_rank(keys[0], target, guesses)
+        chosen, there, of_choice = separate_fits(keys[7], target.logdensity_fn, fits, elbos)
+        fits = jax.tree.map(lambda leaf: leaf[chosen], fits)
+        return keys, fits, there, spent.plus(of_fits).plus(of_choice), scouts
 
-    def part(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]
+    def part(keys, fits, there, spent, scouts):  # type: ignore[no-untyped-def]
         modes, more = _draw_modes(keys[5], target, fits, there)
         found = _mixture_of_modes(keys[6], target, fits, modes, there, search)
-        return keys, fits, found, gradients + more, scouts
+        return keys, fits, found, spent.plus(more), scouts
 
-    def temper(keys, fits, found, gradients, scouts):  # type: ignore[no-untyped-def]
+    def temper(keys, fits, found, spent, scouts):  # type: ignore[no-untyped-def]
         best = jnp.argmax(found.mixture.log_weight)
         flat = jax.tree.map(lambda leaf: leaf[best], fits)
 
@@ -169,13 +172,13 @@ def wide_warm_start(target: Target, search: Search) -> list[Stage]:
             particles, _, more, drift = tempered_particles(
                 keys[1], whiten(target, flat), base, search.num_particles, search.num_moves
             )
-            return particles, more, drift
+            return particles, more.as_arrays(), drift
 
-        stay = found.points, jnp.zeros((), jnp.int32), found.drift
+        stay = found.points, Evaluations().as_arrays(), found.drift
         particles, more, drift = jax.lax.cond(found.several, lambda stay: stay, go, stay)
-        return keys, flat, found, particles, gradients + more, drift
+        return keys, flat, found, particles, spent.plus(more), drift
 
-    def finish(keys, flat, found, particles, gradients, drift):  # type: ignore[no-untyped-def]
+    def finish(keys, flat, found, particles, spent, drift):  # type: ignore[no-untyped-def]
         def go(_):  # type: ignore[no-untyped-def]
             # particles do not move far along a stiff direction: the fit ends by variational inference again
             usable = jnp.all(jnp.isfinite(particles))
@@ -184,15 +187,15 @@ def wide_warm_start(target: Target, search: Search) -> list[Stage]:
             fits, _, more = fit_low_rank(keys[3], target, jax.tree.map(lambda leaf: leaf[None], guess))
             whitening = jax.tree.map(lambda leaf: leaf[0], fits)
             u = jax.vmap(lambda v: whitening.inverse(flat.forward(v)[0])[0])(v)
-            return whitening, only_normal(found.mixture), u, more
+            return whitening, only_normal(found.mixture), u, more.as_arrays()
 
-        stay = found.whitening, found.mixture, particles, jnp.zeros((), jnp.int32)
+        stay = found.whitening, found.mixture, particles, Evaluations().as_arrays()
         whitening, mixture, u, more = jax.lax.cond(found.several, lambda stay: stay, go, stay)
-        return whitening, mixture, u, u[:0], gradients + more, drift, keys[4]
+        return whitening, mixture, u, u[:0], spent.plus(more), drift, keys[4]
 
-    def settle(keys, fits, there, gradients, scouts):  # type: ignore[no-untyped-def]
+    def settle(keys, fits, there, spent, scouts):  # type: ignore[no-untyped-def]
         best = jax.tree.map(lambda leaf: leaf[0], fits)
         mixture, nowhere = unsearched(best.loc)
-        return best, mixture, nowhere, nowhere, gradients, jnp.zeros(()), keys[4]
+        return best, mixture, nowhere, nowhere, spent, jnp.zeros(()), keys[4]
 
     return [guess, seek, part, temper, finish] if search.num_particles else [guess, seek, settle]
