@@ -188,7 +188,7 @@ def _learned(make, num_warmup, target, seed):
     row |= {
         "seconds": row.pop("warmup_s"),
         "verdict": found.verdict,
-        "gradients": found.gradients,
+        "gradients": found.evaluations.search.plus(found.evaluations.training).gradients,
         "training_steps": found.training_steps,
         "network_evaluations": found.training_steps * kernel.evaluations_per_step,
         "ensemble": found.ensemble,

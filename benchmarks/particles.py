@@ -61,10 +61,10 @@ def tempered(seed, target, std, num_particles):
     base, key = normal(target.dim, std), jax.random.key(seed)
     run = jax.jit(lambda key: tempered_particles(key, target, base, num_particles)).lower(key).compile()
     start = time.perf_counter()
-    x, log_z, gradients, _ = jax.block_until_ready(run(key))
+    x, log_z, spent, _ = jax.block_until_ready(run(key))
     return x, {
         "seconds": time.perf_counter() - start,
-        "gradients": int(gradients),
+        "gradients": int(spent.gradients),
         "log_evidence_error": float(log_z) - target.log_z,
     }
 

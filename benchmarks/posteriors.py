@@ -129,7 +129,7 @@ def _learned(problem, kernel, num_warmup, per_proposal, seed):
     # four proposals; a local move of nine, and the weight of where it ends
     per_draw = 4 * each + (0 if learned.local_moves is None else 9 + each)
     return x, row | {
-        "warmup_gradients": found.gradients,
+        "warmup_gradients": found.evaluations.search.plus(found.evaluations.training).total,
         "draw_gradients": per_draw * NUM_CHAINS * NUM_DRAWS,
         "log_evidence": found.log_evidence,
         "log_evidence_se": found.log_evidence_se,
@@ -161,7 +161,7 @@ def smc(problem, seed):
     target = Target(logdensity(setup, problem.args, {}, False), dim)
     centre, spread = jnp.median(setup.scouts, 0), jnp.std(setup.scouts, 0)
     base = Mixture(jnp.zeros(1), None, centre[None], 2.0 * spread[None])
-    particles, log_z, gradients, _ = jax.block_until_ready(
+    particles, log_z, spent, _ = jax.block_until_ready(
         jax.jit(lambda key: tempered_particles(key, target, base))(key_run)
     )
     seconds = time.perf_counter() - start
@@ -171,7 +171,7 @@ def smc(problem, seed):
         "warmup_s": seconds,
         "draws_s": 0.0,
         "ess": None,
-        "warmup_gradients": int(gradients),
+        "warmup_gradients": int(spent.total),
         "draw_gradients": 0,
         "log_evidence": float(log_z),
     }

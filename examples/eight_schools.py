@@ -143,7 +143,8 @@ def main():
             else:
                 found = report(mcmc)
                 evidence = f"{found.log_evidence:.3f} ± {found.log_evidence_se:.3f}"
-                gradients, accept = found.gradients, found.acceptance
+                accept = found.acceptance
+                gradients = found.evaluations.search.plus(found.evaluations.training).total
                 row = next(rows)
                 picture(row, exact, samples, found)
                 row[0].set_title(f"{name}, {model.__name__}: {found.verdict}")

@@ -36,17 +36,19 @@ def _named(group: type[Group]) -> type[Group]:
 class Search:
     """How the posterior is looked for, before anything is learned.
 
-    Few particles look first; where draws of what they show are good, that is all, else many look.
+    Few particles look first, under a map that is affine, then under one that bends; where draws of what they
+    show are good, that is all. Else half of ``num_particles`` look, with one move per temperature, and last,
+    where those have not arrived everywhere, all of them.
 
     Attributes:
         num_starts: points from which modes are climbed and maps fitted, an even number: half come from the
             initialisation strategy, half from the prior.
         num_prior_draws: points, drawn from the prior, that say how widely the posterior may lie; modes are
             climbed from them, too.
-        first_particles: tempered particles of the first look; 0: many look at once.
-        num_particles: of the second look; 0: none look, ever. What is found is then the best of the fits,
+        first_particles: tempered particles of the first looks; 0: all look at once.
+        num_particles: of the last look; 0: none look, ever. What is found is then the best of the fits,
             nothing has looked for other modes, and no run is called better than "caution".
-        num_moves: HMC transitions of a particle per temperature, in the second look.
+        num_moves: HMC transitions of a particle per temperature, in the last look.
         num_checked: fresh draws by which what was found is judged.
         mixture_rounds: rounds in which draws better the mixture, each of as many as judge it; 0: none.
         max_mixture_dim: dimensions up to which they do.

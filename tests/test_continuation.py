@@ -188,8 +188,8 @@ def test_chains_in_sequence_share_one_search_and_one_training(monkeypatch):
     mcmc = run(kernel, y, num_chains=3, chain_method="sequential")
     assert len(searches) == 1
     learned = mcmc.last_state.learned
-    gradients = np.asarray(learned.gradients)
-    assert gradients[0] > 0 and not gradients[1:].any()
+    for spent in (learned.spent.gradients, learned.located.spent.values):
+        assert spent[0] > 0 and not np.any(spent[1:])
     for leaf in jax.tree.leaves(learned.params):
         np.testing.assert_array_equal(leaf, jnp.broadcast_to(leaf[:1], leaf.shape))
     drawn = mcmc.get_samples(group_by_chain=True)["mu"]

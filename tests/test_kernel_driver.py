@@ -24,6 +24,7 @@ from numpyro.infer.util import potential_energy
 from numpyro.util import is_prng_key
 
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
+from numpyro_sbtm.core.evaluations import Evaluations
 
 KINDS = {
     "dis": (LogVarianceDISKernel, {"num_steps": 4, "num_paths": 16, "num_times": 4}),
@@ -349,5 +350,5 @@ def test_nothing_is_trained_where_the_warm_start_is_good_unless_it_is_asked_for(
     mcmc.run(random.key(0))
     found = report(mcmc)
     assert found.training_steps == steps
-    assert found.gradients == steps * 16 * 5
+    assert found.evaluations.training == Evaluations(gradients=steps * 16 * 5)
     assert abs(found.log_evidence) < 1e-3 + 5 * found.log_evidence_se

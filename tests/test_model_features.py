@@ -374,7 +374,7 @@ def test_the_search_climbs_a_differential_equation():
     y = jnp.exp(-rate * times)
     problem = problem_of(model, y)
     target = Target(logdensity(problem, (y,), {}, False), 1)
-    guesses = jax.jit(lambda x: first_guesses(target, x, x, jnp.arange(1)))(problem.starts[:1])
+    guesses = jax.jit(lambda x: first_guesses(target, x, x, jnp.arange(1))[0])(problem.starts[:1])
     np.testing.assert_allclose(guesses.loc[0], np.log(rate), atol=0.02)
     slopes = times * rate * y / 0.05  # of the standardised observations
     np.testing.assert_allclose(guesses.scale_tril[0, 0, 0], (1.0 + np.sum(slopes**2)) ** -0.5, rtol=0.05)

@@ -13,6 +13,7 @@ from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.belonging import belong
 from numpyro_sbtm.search.blank import only_normal, padded_normal
+from numpyro_sbtm.search.modes import fit_normal
 from numpyro_sbtm.search.normals import Normals, covering_normal, fit_normals
 from numpyro_sbtm.search.temper import covering, tempered_particles
 
@@ -53,11 +54,11 @@ def first_look(target: Target, search: Search) -> list[Stage]:
         return keys, found, first, covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts)), spent.plus(more)
 
     def temper(keys, found, first, base, spent):  # type: ignore[no-untyped-def]
-        particles, log_z, more, drift = tempered_particles(
-            keys[1], whiten(target, first), base, search.first_particles, 1, True, _MOST_ROUNDS
-        )
-        x = jax.vmap(lambda u: first.forward(u)[0])(particles)
-        return keys, x, _suspects(found, x, log_z), spent.plus(more), drift
+        white, num = whiten(target, first), search.first_particles
+        u, log_z, more, drift = tempered_particles(keys[1], white, base, num, 1, True, _MOST_ROUNDS)
+        score = jax.vmap(jax.grad(white.logdensity_fn))(u)
+        suspects = _suspects(found, jax.vmap(lambda v: first.forward(v)[0])(u), log_z)
+        return keys, first, u, score, suspects, spent.plus(more).plus(Evaluations(gradients=num)), drift
 
     return [normals, temper, _choose]
 
@@ -77,21 +78,52 @@ def _suspects(found: Normals, x: Float[Array, "n d"], log_z: Float[Array, ""]) -
     return jax.lax.map(lambda each: suspect(*each), tuple(found))
 
 
+def _normal_of(u: Float[Array, "n d"], score: Float[Array, "n d"], by_scores: bool) -> Affine:
+    """Fit a normal distribution to points, by their scores, too, or by their moments alone."""
+    dim = u.shape[1]
+    if by_scores:
+        mean, cov = fit_normal(u, score, False)
+    else:
+        mean, cov = jnp.mean(u, 0), jnp.cov(u, rowvar=False).reshape(dim, dim)
+        cov = cov + 1e-9 * jnp.trace(cov) / dim * jnp.eye(dim, dtype=u.dtype)
+    return Affine(mean, jnp.linalg.cholesky(cov))
+
+
+def _better_normal(u: Float[Array, "n d"], score: Float[Array, "n d"]) -> Affine:
+    """Choose between both fits by half of the points that was not used, and make it of all.
+
+    Scores tell a covariance in many dimensions from few points; moments that of several modes.
+    """
+    half = len(u) // 2
+
+    def held_out(by_scores: bool) -> Float[Array, ""]:
+        fit = _normal_of(u[:half], score[:half], by_scores)
+        v, log_det = jax.vmap(fit.inverse)(u[half:])
+        value = jnp.mean(-0.5 * jnp.sum(v * v, -1) - log_det)
+        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
+    moments, scored = _normal_of(u, score, False), _normal_of(u, score, True)
+    use = held_out(True) > held_out(False)
+    return jax.tree.map(lambda a, b: jnp.where(use, a, b), scored, moments)
+
+
 def _choose(
     keys: Array,
-    x: Float[Array, "n d"],
+    first: Affine,
+    particles: Float[Array, "n d"],
+    score: Float[Array, "n d"],
     suspects: Float[Array, "f d"],
     spent: Evaluations,
     drift: Float[Array, ""],
 ) -> tuple[Affine, Mixture, Float[Array, "n d"], Float[Array, "f d"], Evaluations, Float[Array, ""], Key]:
     """Fit the map, and choose the mixture by half of the particles that was not used for fitting."""
-    n, dim = x.shape
-    loc, cov = jnp.mean(x, 0), jnp.cov(x, rowvar=False).reshape(dim, dim)
-    tril = jnp.linalg.cholesky(cov + 1e-9 * jnp.trace(cov) / dim * jnp.eye(dim, dtype=x.dtype))
-    usable = jnp.all(jnp.isfinite(tril))
-    whitening = Affine(loc, jnp.where(usable, tril, jnp.eye(dim, dtype=x.dtype)))
+    n, dim = particles.shape
+    fit = _better_normal(particles, jnp.where(jnp.isfinite(score), score, 0.0))
+    usable = jnp.all(jnp.isfinite(fit.loc)) & jnp.all(jnp.isfinite(fit.scale_tril))
+    fit = jax.tree.map(lambda a, b: jnp.where(usable, a, b), fit, Affine(jnp.zeros(dim), jnp.eye(dim)))
+    whitening = Affine(first.forward(fit.loc)[0], first.scale_tril @ fit.scale_tril)
     drift = jnp.where(usable, drift, jnp.inf)
-    u = jax.vmap(lambda point: whitening.inverse(point)[0])(x)
+    u = jax.vmap(lambda v: fit.inverse(v)[0])(particles)
     u = jnp.where(jnp.all(jnp.isfinite(u), -1, keepdims=True), u, 0.0)
     size = max_components(n, dim)
     if size == 1:

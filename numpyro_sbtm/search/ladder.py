@@ -22,7 +22,7 @@ from numpyro_sbtm.search.first_look import first_look
 from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.moves import first_step_size
 from numpyro_sbtm.search.population import NUM_WIDER, better_mixture, with_wider
-from numpyro_sbtm.search.warm_start import warm_start
+from numpyro_sbtm.search.warm_start import Cloud, warm_start
 
 __all__ = ["Precondition", "StartingPoints", "find_start", "most_components", "with_step_size"]
 
@@ -61,11 +61,12 @@ def find_start(
 ) -> Located:
     """Look for the posterior, or take what is given, and judge draws from there.
 
-    Normal distributions and few particles look first, then a map that bends and as few particles, then many.
-    Where draws from what one look shows are good, its particles have arrived, and none of them lies outside,
-    that is all. Where weights of draws are not nearly equal, draws better the mixture, in few enough
-    dimensions, if they are then good enough. What is traced, and what has too many dimensions for matrices,
-    is looked at once by many, and its mixture stays.
+    Normal distributions and few particles look first, then a map that bends and as few particles, then more
+    of them. Where draws from what one look shows are good, its particles have arrived, and none of them lies
+    outside, that is all; last comes a look by many, where not even those have arrived. Where weights of draws
+    are not nearly equal, draws better the mixture, in few enough dimensions, if they are then good enough.
+    What is traced, and what has too many dimensions for matrices, is looked at once by many, and its mixture
+    stays.
 
     Args:
         key: random key.
@@ -98,15 +99,22 @@ def find_start(
     found, (guessed, *_) = look(1, [guess, *first_look(target, search)], key, starts, scouts)
     if bool(found.sufficient()):
         return found
-    seek, *few = warm_start(target, order, search, brief=True)[1:]
-    more, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
-    more = more._replace(spent=found.spent.plus(more.spent))
-    if bool(more.sufficient()):
-        return more
-    # what was fitted stays; particles start anew
-    last, _ = look(3, [_with_new_keys, *many[1:]], *fitted)
-    # the fit is in both
-    return last._replace(spent=more.spent.plus(last.spent).plus(fitted[1].spent.times(-1)))
+    seek, *few = warm_start(target, order, search, Cloud(search.first_particles, 1, brief=True))[1:]
+    again, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
+    found = _after(found, again, guessed[-1])
+    # what was fitted stays; particles start anew, and many only where few did not arrive everywhere
+    for number, cloud in (3, Cloud(search.num_particles // 2, 1)), (4, None):
+        if bool(found.sufficient()) or (cloud is None and bool(found.settled())):
+            return found
+        stages = warm_start(target, order, search, cloud)[2:]
+        fitted = _with_new_keys(*fitted)
+        found = _after(found, look(number, stages, *fitted)[0], fitted[1].spent)
+    return found
+
+
+def _after(before: Located, found: Located, in_both: Evaluations) -> Located:
+    """Add what looks before have spent, but for what is counted in both."""
+    return found._replace(spent=found.spent.plus(before.spent).plus(in_both.times(-1)))
 
 
 def _with_new_keys(keys: Keys, *rest: Any) -> tuple[Any, ...]:
@@ -198,9 +206,21 @@ def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
 
 def _judged(found: tuple[Any, ...]) -> Located:
     """Name what `_check` returned."""
-    whitening, reference, points, quality, drift, outside, spent = found
+    whitening, reference, points, (fraction, khat, efficiency), drift, outside, spent = found
     searched = jnp.asarray(np.array(points is not None))
-    return Located(whitening, reference, points, *quality, drift, outside, None, spent, searched)
+    return Located(
+        whitening=whitening,
+        reference=reference,
+        points=points,
+        ess_fraction=fraction,
+        khat=khat,
+        efficiency=efficiency,
+        drift=drift,
+        outside=outside,
+        step_size=None,
+        spent=spent,
+        searched=searched,
+    )
 
 
 def _given(precondition: tuple[Any, Any] | Map | None) -> Stage:

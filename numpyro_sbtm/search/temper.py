@@ -43,7 +43,7 @@ def tempered_particles(
         base: where the particles start; wide enough to cover the target.
         num_particles: n.
         num_moves: transitions per temperature.
-        brief: one transition per temperature, and no more at the target itself than the first five rounds.
+        brief: no more at the target itself than the first five rounds.
         max_rounds: temperatures and rounds at the target, at most.
 
     Returns:
@@ -67,7 +67,7 @@ def tempered_particles(
         >>> float(drift)
         0.0
     """
-    dim, num_moves = target.dim, 1 if brief else num_moves
+    dim = target.dim
     hmc, adaptive_tempered = load("blackjax.mcmc.hmc"), load("blackjax.smc.adaptive_tempered")
 
     def log_ratio(x: Float[Array, " d"]) -> Float[Array, ""]:

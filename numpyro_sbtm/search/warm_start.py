@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The warm start: where the posterior is, before anything is learned."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,7 +23,7 @@ from numpyro_sbtm.search.moves import LEAPS, drift_between, hmc_moves
 from numpyro_sbtm.search.temper import covering, tempered_particles
 from numpyro_sbtm.search.wide import wide_warm_start
 
-__all__ = ["warm_start"]
+__all__ = ["Cloud", "warm_start"]
 
 _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
@@ -105,7 +107,23 @@ def _add_missing(
     return jax.lax.scan(add, carry, (keys, elbos[best_first], draws[best_first]))[0][0]
 
 
-def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: bool = False) -> list[Stage]:
+class Cloud(NamedTuple):
+    """How particles look.
+
+    Attributes:
+        num: particles.
+        num_moves: HMC transitions of each per temperature.
+        brief: whether they rest at the target after five rounds, even if they still spread.
+    """
+
+    num: int
+    num_moves: int
+    brief: bool = False
+
+
+def warm_start(
+    target: Target, order: Int[Array, " d"], search: Search, cloud: Cloud | None = None
+) -> list[Stage]:
     """Find a whitening map and a mixture of normal distributions that resembles the whitened target.
 
     Variational inference comes first (see `fit`). Then tempered particles go over the whole region, for
@@ -124,7 +142,7 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
         order: a permutation of the coordinates, hyperparameters first, shape ``[d]``.
         search: how much of it. A refined map is preferred. If a particle does not stay finite in refinement,
             all are as they were before. A missing mode is put in afterwards: the map does not know of it.
-        brief: a first look by few particles, where there are matrices.
+        cloud: how particles look, where there are matrices; None: as ``search`` says.
 
     Returns:
         Stages for `run_stages`. The first takes a random key; starts, points of finite density, shape
@@ -157,9 +175,8 @@ def warm_start(target: Target, order: Int[Array, " d"], search: Search, brief: b
         return keys, found, first, covering(jax.vmap(lambda x: first.inverse(x)[0])(scouts))
 
     def temper(keys, found, first, base):  # type: ignore[no-untyped-def]
-        num = search.first_particles if brief else search.num_particles
-        white = whiten(target, first)
-        return keys, found, first, *tempered_particles(keys[1], white, base, num, search.num_moves, brief)
+        white, how = whiten(target, first), cloud or Cloud(search.num_particles, search.num_moves)
+        return keys, found, first, *tempered_particles(keys[1], white, base, *how)
 
     def refine(keys, found, first, particles, log_z, spent, drift):  # type: ignore[no-untyped-def]
         key_refine, key_mixture = jax.random.split(keys[3])
