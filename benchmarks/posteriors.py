@@ -121,16 +121,12 @@ def nuts(problem, seed):
     return x, row | {"draw_gradients": int(mcmc.get_extra_fields()["num_steps"].sum())}
 
 
-def _learned(problem, kernel, num_warmup, per_proposal, seed):
+def _learned(problem, kernel, num_warmup, seed):
     mcmc, x, row = _chains(problem, kernel, num_warmup, seed)
-    found, learned = report(mcmc), mcmc.last_state.learned
-    # a mixture's draws are one evaluation each where nothing was trained
-    each = 1 if learned.params is None else per_proposal
-    # four proposals; a local move of nine, and the weight of where it ends
-    per_draw = 4 * each + (0 if learned.local_moves is None else 9 + each)
+    found = report(mcmc)
     return x, row | {
         "warmup_gradients": found.evaluations.search.plus(found.evaluations.training).total,
-        "draw_gradients": per_draw * NUM_CHAINS * NUM_DRAWS,
+        "draw_gradients": found.evaluations.draws.total,
         "log_evidence": found.log_evidence,
         "log_evidence_se": found.log_evidence_se,
         "verdict": found.verdict,
@@ -138,12 +134,11 @@ def _learned(problem, kernel, num_warmup, per_proposal, seed):
 
 
 def dis(problem, seed):
-    # a path calls the target 33 times
-    return _learned(problem, LogVarianceDISKernel(problem.model), 2000, 33, seed)
+    return _learned(problem, LogVarianceDISKernel(problem.model), 2000, seed)
 
 
 def sbtm(problem, seed):
-    return _learned(problem, SBTMKernel(problem.model), 300, 1, seed)
+    return _learned(problem, SBTMKernel(problem.model), 300, seed)
 
 
 def smc(problem, seed):
