@@ -16,7 +16,7 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import NUTS, init_to_uniform
 from scipy.stats import multivariate_normal
 
-from benchmarks.chains import NUM_CHAINS, NUM_DRAWS, timed_chains
+from benchmarks.chains import timed_chains
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report, targets
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Target
