@@ -2,6 +2,7 @@
 """Run a suite, append its rows to a file of JSON lines, and print their medians over seeds as a table.
 
 python -m benchmarks posteriors [--only NAME;...] [--samplers nuts;smc;dis;sbtm] [--seeds 3] [--output FILE]
+python -m benchmarks price [--only NAME;...] [--samplers nuts;dis;sbtm] [--seeds 3] [--output FILE]
 python -m benchmarks diffusions [--only NAME;...] [--samplers NAME] [--seeds 3] [--output F] [--report DIR]
 python -m benchmarks sbtm [--only NAME;...] [--samplers sbtm;langevin] [--seeds 5] [--output F] [--report DIR]
 python -m benchmarks steps [--only "256 x 64"] [--output FILE]
@@ -21,13 +22,14 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import diffusions, estimators, images, posteriors, steps, transport
+from benchmarks import diffusions, estimators, images, posteriors, price, steps, transport
 
 SUITES = {
     "diffusions": diffusions,
     "estimators": estimators,
     "images": images,
     "posteriors": posteriors,
+    "price": price,
     "sbtm": transport,
     "steps": steps,
 }

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpyro_sbtm.cache import enable_cache as enable_cache
     from numpyro_sbtm.density import learn_density as learn_density
     from numpyro_sbtm.kernels.diffusion import DiffusionKernel as DiffusionKernel
     from numpyro_sbtm.kernels.diffusion import LogVarianceDISKernel as LogVarianceDISKernel
@@ -33,6 +34,7 @@ _PLACES = {
     "Search": "options",
     "Transport": "methods.transport",
     "TransportTraining": "options",
+    "enable_cache": "cache",
     "learn": "kernels.learn",
     "learn_density": "density",
     "load": "kernels.learn",

@@ -35,6 +35,7 @@ _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches 
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
 _CLIMB_STEPS = 40
+_MOST_ROUNDS = 40  # of half of the particles
 
 
 class StartingPoints(NamedTuple):
@@ -103,7 +104,7 @@ def find_start(
     again, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
     found = _after(found, again, guessed[-1])
     # what was fitted stays; particles start anew, and many only where few did not arrive everywhere
-    for number, cloud in (3, Cloud(search.num_particles // 2, 1)), (4, None):
+    for number, cloud in (3, Cloud(search.num_particles // 2, 1, max_rounds=_MOST_ROUNDS)), (4, None):
         if bool(found.sufficient()) or (cloud is None and bool(found.settled())):
             return found
         stages = warm_start(target, order, search, cloud)[2:]

@@ -114,11 +114,13 @@ class Cloud(NamedTuple):
         num: particles.
         num_moves: HMC transitions of each per temperature.
         brief: whether they rest at the target after five rounds, even if they still spread.
+        max_rounds: temperatures and rounds at the target, at most.
     """
 
     num: int
     num_moves: int
     brief: bool = False
+    max_rounds: int = 80
 
 
 def warm_start(
