@@ -106,7 +106,7 @@ def chain_efficiency(log_weight: Float[Array, " n"], num_steps: int) -> Float[Ar
         >>> from numpyro_sbtm.core.weights import chain_efficiency
         >>> log_weight = jnp.array([0.0] * 99 + [4.0])
         >>> [round(float(chain_efficiency(w, 4)), 2) for w in (0.0 * log_weight, log_weight)]
-        [1.0, 0.3]
+        [1.0, 0.15]
     """
     n = log_weight.shape[0]
     weight = jnp.sort(jnp.exp(_centred(log_weight)[0]))
