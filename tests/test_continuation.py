@@ -16,6 +16,7 @@ from test_kernel_driver import make, one_kind_quickly
 
 from numpyro_sbtm import learned as before_draws
 from numpyro_sbtm import report
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Affine
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.kernels.fingerprint import fingerprint
@@ -97,7 +98,7 @@ def test_warmup_then_run_is_run_and_the_first_chain_is_that_of_a_run_alone(metho
     def model():
         numpyro.sample("x", dist.Normal(0, 1))
 
-    key, block = random.key(0), {"block_size": 256}  # one block will do: it is split among the chains
+    key, block = random.key(0), {"block_size": 512}  # one block will do: it is split among the chains
     mcmc = run(make("dis", model, **block), num_samples=10, num_chains=2, chain_method=method)
     expected = mcmc.get_samples()["x"]
     mcmc.warmup(key)
@@ -217,8 +218,8 @@ def _found(x, num):
     mixture = Mixture(jnp.full(num, -jnp.log(num)), None, centre, jnp.ones((num, 1)))
     zero = jnp.zeros(())
     whitening = Affine(jnp.zeros(1), jnp.eye(1))
-    none = jnp.zeros((), jnp.int32)
-    return Located(whitening, mixture, x, zero, zero, zero, zero > 1, None, none, jnp.ones((), bool))
+    spent, searched = Evaluations().as_arrays(), jnp.ones((), bool)
+    return Located(whitening, mixture, x, zero, zero, zero, zero, zero > 1, None, spent, searched)
 
 
 # ------------------------------------------------------------------ sizes of log densities

@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal
 from benchmarks.posteriors import PROBLEMS
 from numpyro_sbtm import LogVarianceDISKernel, SBTMKernel, report
 from numpyro_sbtm.compile import run_stages
+from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.local import LOCAL_KERNELS, local_move
 from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.maps.spline import fit_margins
@@ -179,7 +180,7 @@ def test_the_widest_of_many_modes_does_not_hide_the_others(together, separate):
     fits = jax.vmap(lambda loc: Triangular.affine(loc, jnp.eye(4), jnp.arange(4)))(corners)
     draws = corners[:, None] + jax.random.normal(jax.random.key(1), (200, 4))
     elbos = jnp.zeros(10).at[:together].set(5.0)
-    found = jax.jit(_pool)(fits, elbos, draws, jnp.zeros((), jnp.int32))
+    found = jax.jit(_pool)(fits, elbos, draws, Evaluations())
     assert bool(found.separate) == separate
     assert jnp.all(found.best.loc == corners[0])
     if separate:
@@ -310,12 +311,12 @@ def test_the_warm_start_finds_every_mode(density, dim, log_z, least_ess, refined
     assert jnp.all(jnp.isfinite(particles))
 
 
-def judged(target, whitening, reference, points, seed=0):
-    """What a check says of a mixture of one component, and of particles."""
-    zero = jnp.zeros(())
-    found = run_stages(
-        [_check(target, Search(), True)], whitening, reference, points, zero, zero, jax.random.key(seed)
-    )
+def judged(target, whitening, reference, points, seed=0, suspects=None):
+    """What a check says of a mixture of one component, of particles, and of points that may be of a mode."""
+    suspects = points[:0] if suspects is None else suspects
+    spent, drift, key = Evaluations().as_arrays(), jnp.zeros(()), jax.random.key(seed)
+    check = _check(target, Search(), True, 4)
+    found = run_stages([check], whitening, reference, points, suspects, spent, drift, key)
     warm = _judged(found)
     return warm, bool(warm.outside)
 
@@ -415,7 +416,7 @@ def test_refinement_reaches_into_a_neck():
     for cut, least, most in ((-np.inf, 0.045, 0.067), (-6.0, 0.028, 0.067)):
         x = jnp.resize(exact[exact[:, 0] > cut], (4096, 3))
         zero = jnp.zeros(())
-        x = refine(jax.random.split(jax.random.key(2), 5), zero, first, x, zero, 0, zero)[3]
+        x = refine(jax.random.split(jax.random.key(2), 5), zero, first, x, zero, Evaluations(), zero)[3]
         assert least < float(jnp.mean(x[:, 0] < -6.0)) < most
 
 
@@ -434,12 +435,12 @@ def test_a_fitted_map_knows_of_scales_and_fits_no_noise():
 @pytest.mark.slow
 def test_refinement_leaves_particles_that_do_not_stay_finite():
     target, flat = gaussian(np.zeros(2), np.eye(2)), Triangular.affine(jnp.ones(2), jnp.eye(2))
-    found = Fit(flat, flat, jnp.zeros((), bool), jnp.zeros(1), jnp.zeros((1, 8, 2)), jnp.zeros((), jnp.int32))
+    found = Fit(flat, flat, jnp.zeros((), bool), jnp.zeros(1), jnp.zeros((1, 8, 2)), Evaluations())
     refine = jax.jit(warm_start(target, jnp.arange(2), Search(refine=True))[3])
-    keys, zero = jax.random.split(jax.random.key(0), 5), jnp.zeros((), jnp.int32)
+    keys, none = jax.random.split(jax.random.key(0), 5), Evaluations().as_arrays()
 
     def refined(particles):
-        values = refine(keys, found, flat, particles, jnp.zeros(()), zero, jnp.zeros(()))
+        values = refine(keys, found, flat, particles, jnp.zeros(()), none, jnp.zeros(()))
         return values[3], values[-1].loc[1]
 
     # under the first map they lie around one, and the target around zero: they move

@@ -178,7 +178,8 @@ def independence_chain(
         fresh = restart | (state.num_draws == 0)
         # where chains begin, the first rounds of a block are for their first states, or all of one of its own
         due = refill | (state.used == rounds)
-        begins = min(-(-_START_POOL // steps_per_draw), rounds // 2)
+        begins = -(-_START_POOL // steps_per_draw)
+        begins = begins if rounds >= 2 * begins else 0
         times = jnp.where(fresh, 1 if begins else 2, jnp.where(due, 1, 0)).astype(jnp.int32)
         block, last, several, made = refilled(key_block, state, times, fresh)
         used = jnp.where(times > 0, jnp.where(fresh, begins, 0), state.used)

@@ -13,8 +13,7 @@ from numpyro_sbtm.search.climb import climb, connected, evaluations_between, lea
 __all__ = ["diagonal_guesses", "first_guesses", "sorted_density"]
 
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
-_NUM_CLIMBED = 24  # scouts from which modes are climbed
-_CLIMB_STEPS, _WIDE_CLIMB_STEPS = 60, 100
+_CLIMB_STEPS, _WIDE_CLIMB_STEPS = 40, 100
 _NUM_TOPS = 16  # modes that are fitted where there are no matrices
 _DROP = 0.35  # nats, over steps that measure curvature
 _STEP_BOUNDS, _HALVINGS = (-26.0, 10.0), 6  # of the binary logarithm of a step, which is then known to .6
@@ -103,12 +102,12 @@ def first_guesses(
 
     Returns:
         Stacked maps, leading axis ``2 s + 4``; and what was evaluated: a few dozen values and gradients for
-        every start and for 24 scouts, and a few d for each of ``s + 4`` tops.
+        every start and scout, and a few d for each of ``s + 4`` tops.
     """
     logdensity_fn = sorted_density(target, order)
     num, dim = starts.shape
     starts = starts[:, order]
-    begin = jnp.concatenate([starts, scouts[:_NUM_CLIMBED, order]])
+    begin = jnp.concatenate([starts, scouts[:, order]])
     tops, spent = jax.vmap(lambda y: climb(logdensity_fn, y, _CLIMB_STEPS))(begin)
     locs = jnp.concatenate([tops[:num], _furthest(tops, num, _DISTANT_TOPS)])
     # one at a time: two batched LAPACK calls that XLA runs side by side can block a two-core machine
