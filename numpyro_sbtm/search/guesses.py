@@ -13,7 +13,7 @@ from numpyro_sbtm.search.climb import climb, connected, evaluations_between, lea
 __all__ = ["diagonal_guesses", "first_guesses", "sorted_density"]
 
 _DISTANT_TOPS = 4  # modes above scouts that are fitted
-_CLIMB_STEPS, _WIDE_CLIMB_STEPS = 40, 100
+_CLIMB_STEPS = 100
 _NUM_TOPS = 16  # modes that are fitted where there are no matrices
 _DROP = 0.35  # nats, over steps that measure curvature
 _STEP_BOUNDS, _HALVINGS = (-26.0, 10.0), 6  # of the binary logarithm of a step, which is then known to .6
@@ -153,7 +153,7 @@ def diagonal_guesses(
         Stacked maps, leading axis ``s + 16``, or less where there are fewer climbs; and what was evaluated.
     """
     begin = jnp.concatenate([starts, scouts])
-    tops, spent = jax.vmap(lambda y: climb(target.logdensity_fn, y, _WIDE_CLIMB_STEPS))(begin)
+    tops, spent = jax.vmap(lambda y: climb(target.logdensity_fn, y, _CLIMB_STEPS))(begin)
     spent = jax.tree.map(jnp.sum, spent).plus(evaluations_between(len(begin)))
     tops = _distinct_tops(target.logdensity_fn, tops)
     locs = jnp.concatenate([tops, starts])
