@@ -38,7 +38,7 @@ class Search:
 
     Few particles look first, under a map that is affine, then under one that bends; where draws of what they
     show are good, that is all. Else half of ``num_particles`` look, with one move per temperature, and last,
-    where those have not arrived everywhere, all of them.
+    where training would not know where to begin, all of them.
 
     Attributes:
         num_starts: points from which modes are climbed and maps fitted, an even number: half come from the

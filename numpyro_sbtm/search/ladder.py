@@ -64,8 +64,9 @@ def find_start(
 
     Normal distributions and few particles look first, then a map that bends and as few particles, then more
     of them. Where draws from what one look shows are good, its particles have arrived, and none of them lies
-    outside, that is all; last comes a look by many, where not even those have arrived. Where weights of draws
-    are not nearly equal, draws better the mixture, in few enough dimensions, if they are then good enough.
+    outside, that is all; last comes a look by many, where training would not know where to begin. Where
+    weights of draws are not nearly equal, draws better the mixture, in few enough dimensions, if they are then
+    good enough.
     What is traced, and what has too many dimensions for matrices, is looked at once by many, and its mixture
     stays.
 
@@ -103,9 +104,9 @@ def find_start(
     seek, *few = warm_start(target, order, search, Cloud(search.first_particles, 1, brief=True))[1:]
     again, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
     found = _after(found, again, guessed[-1])
-    # what was fitted stays; particles start anew, and many only where few did not arrive everywhere
+    # what was fitted stays; particles start anew, and many only where few have not seen enough to train from
     for number, cloud in (3, Cloud(search.num_particles // 2, 1, max_rounds=_MOST_ROUNDS)), (4, None):
-        if bool(found.sufficient()) or (cloud is None and bool(found.settled())):
+        if bool(found.sufficient()) or (cloud is None and bool(found.trainable())):
             return found
         stages = warm_start(target, order, search, cloud)[2:]
         fitted = _with_new_keys(*fitted)

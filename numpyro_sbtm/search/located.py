@@ -13,6 +13,7 @@ from numpyro_sbtm.core.psis import FINITE_VARIANCE_KHAT, USABLE_KHAT
 __all__ = ["Located"]
 
 _WORTH = 0.3
+_LEAST = 0.05
 
 
 class Located(NamedTuple):
@@ -57,6 +58,10 @@ class Located(NamedTuple):
     def quick(self) -> Bool[Array, ""]:
         """Say whether chains of its draws need no local moves, which cost as much as two or three draws."""
         return self.sufficient() & (self.efficiency > _WORTH)
+
+    def trainable(self) -> Bool[Array, ""]:
+        """Say whether training may begin here: settled, and an effective fraction above 0.05."""
+        return self.settled() & (self.ess_fraction > _LEAST)
 
     def settled(self) -> Bool[Array, ""]:
         """Say whether its particles arrived everywhere, and none lies outside what is drawn."""
