@@ -65,10 +65,9 @@ def find_start(
     Normal distributions and few particles look first, then a map that bends and as few particles, then more
     of them. Where draws from what one look shows are good, its particles have arrived, and none of them lies
     outside, that is all; last comes a look by many, where training would not know where to begin. Where
-    weights of draws are not nearly equal, draws better the mixture, in few enough dimensions, if they are then
-    good enough.
-    What is traced, and what has too many dimensions for matrices, is looked at once by many, and its mixture
-    stays.
+    weights of draws are not nearly equal, draws better the mixture, in few enough dimensions, if they are
+    then good enough. What is traced, and what has too many dimensions for matrices, is looked at once by
+    many, and its mixture stays.
 
     Args:
         key: random key.
