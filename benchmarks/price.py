@@ -191,8 +191,8 @@ def _one(problem, sampler, seed, counted):
             mcmc.warmup(jax.random.key(seed), extra_fields=fields, collect_warmup=True)
             row["total"] = steps + int(mcmc.get_extra_fields()["num_steps"].sum())
     else:
-        stages = found.evaluations._asdict()
-        row |= {name: part._asdict() for name, part in stages.items()}
+        for name, part in found.evaluations._asdict().items():
+            row |= {f"{name}_values": part.values, f"{name}_gradients": part.gradients}
         row |= {"draws": found.evaluations.draws.total, "total": found.evaluations.total}
         row |= {"verdict": found.verdict, "log_evidence": found.log_evidence}
         row |= {"log_evidence_se": found.log_evidence_se, "training_steps": found.training_steps}
