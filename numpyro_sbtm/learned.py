@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro_sbtm.compile import is_traced
 from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.local import LocalMove, local_move
-from numpyro_sbtm.core.maps import Triangular
+from numpyro_sbtm.core.maps import Affine, Triangular
+from numpyro_sbtm.core.maps.spline import identity_margins
 from numpyro_sbtm.core.mixture import largest, normal
 from numpyro_sbtm.core.target import Key, Params, Target
 from numpyro_sbtm.methods.base import Method
@@ -137,6 +138,8 @@ def locate(
     located = find_start(
         key_search, target, where, precondition, settings.search, settings.correction.steps_per_draw
     )
+    if own and isinstance(located.whitening, Affine):
+        located = located._replace(whitening=_bent(located.whitening))
     if structure is None:
         structure = _structure_of(located, settings, own)
     located = _simplified(located, structure)
@@ -158,6 +161,12 @@ def locate(
         data=jnp.zeros(2, jnp.uint32),
     )
     return learned, structure
+
+
+def _bent(whitening: Affine) -> Triangular:
+    """Write an affine map as one that may bend: samplers that are stacked must agree in their maps."""
+    loc, scale_tril = whitening
+    return Triangular.affine(loc, scale_tril)._replace(margins=identity_margins(loc))
 
 
 def _structure_of(located: Located, settings: Settings, own: bool) -> Structure:

@@ -17,7 +17,8 @@ from test_kernel_driver import make, one_kind_quickly
 from numpyro_sbtm import learned as before_draws
 from numpyro_sbtm import report
 from numpyro_sbtm.core.evaluations import Evaluations
-from numpyro_sbtm.core.maps import Affine
+from numpyro_sbtm.core.maps import Affine, Triangular
+from numpyro_sbtm.core.maps.spline import fit_margins
 from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.kernels.fingerprint import fingerprint
 from numpyro_sbtm.search.located import Located
@@ -210,6 +211,23 @@ def test_chains_with_samplers_of_their_own_keep_all_modes_that_each_of_them_foun
     weight = jnp.exp(state.learned.located.reference.log_weight)
     np.testing.assert_allclose(jnp.sort(weight)[:, -3:], [[0, 0, 1], [1 / 3] * 3], atol=1e-6)
     assert bool(jnp.isfinite(state.learned.loss).all())
+
+
+def test_chains_with_samplers_of_their_own_may_have_been_found_by_different_looks(monkeypatch):
+    kernel = make("dis", potential_fn=_bowl, shared=False)
+    x = jnp.linspace(-3.0, 3.0, 64)[:, None]
+    margins = fit_margins(0.5 * x**3, jnp.ones(64))
+    bent = Triangular.affine(jnp.zeros(1), jnp.eye(1))._replace(margins=margins)
+    finds = iter([_found(x, 1), _found(x, 1)._replace(whitening=bent)])
+    monkeypatch.setattr(before_draws, "find_start", lambda *args: next(finds))
+    state = kernel.init(random.split(random.key(0), 2), 1, {"a": jnp.zeros((2, 1))})
+    whitening = state.learned.located.whitening
+    for chain, expected in enumerate((Affine(jnp.zeros(1), jnp.eye(1)), bent)):
+        own = jax.tree.map(lambda leaf, chain=chain: leaf[chain], whitening)
+        for u in (-2.0, 0.5, 2.0):
+            np.testing.assert_allclose(
+                own.forward(jnp.full(1, u))[0], expected.forward(jnp.full(1, u))[0], atol=1e-5
+            )
 
 
 def _found(x, num):

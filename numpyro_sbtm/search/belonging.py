@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_sbtm.search.ascent import likely_radius
 
-__all__ = ["belong"]
+__all__ = ["FOUND", "belong"]
 
+FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _APART = 3.0  # distance of the particles' mean that shows another mode among them
 _OTHERS = 4  # modes that are left out so
 

@@ -11,7 +11,7 @@ from numpyro_sbtm.core.maps import Affine, Triangular, whiten
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.belonging import belong
+from numpyro_sbtm.search.belonging import FOUND, belong
 from numpyro_sbtm.search.blank import only_normal, padded_normal
 from numpyro_sbtm.search.modes import fit_normal
 from numpyro_sbtm.search.normals import Normals, covering_normal, fit_normals
@@ -21,7 +21,6 @@ __all__ = ["first_look"]
 
 _MOST_ROUNDS = 30  # of the particles: those that need more need another map
 _TIE = 0.05  # nats by which a mixture must beat one normal distribution
-_FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _COUNTS = 0.01  # share of the evidence from which it counts
 
 
@@ -73,7 +72,7 @@ def _suspects(found: Normals, x: Float[Array, "n d"], log_z: Float[Array, ""]) -
     def suspect(fit: Affine, elbo: Float[Array, ""]) -> Float[Array, " d"]:
         inside = jnp.mean(belong(jax.vmap(lambda point: fit.inverse(point)[0])(x)))
         share = jax.nn.sigmoid(elbo - log_z)
-        return jnp.where((share > _COUNTS) & (inside < _FOUND * share), fit.loc, jnp.nan)
+        return jnp.where((share > _COUNTS) & (inside < FOUND * share), fit.loc, jnp.nan)
 
     return jax.lax.map(lambda each: suspect(*each), tuple(found))
 

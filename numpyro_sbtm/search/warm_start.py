@@ -14,7 +14,7 @@ from numpyro_sbtm.core.maps.spline import fit_margins, identity_margins
 from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.options import Search
-from numpyro_sbtm.search.belonging import belong
+from numpyro_sbtm.search.belonging import FOUND, belong
 from numpyro_sbtm.search.blank import padded_normal, unsearched
 from numpyro_sbtm.search.fit import Fit, fit
 from numpyro_sbtm.search.fit_points import fit_points
@@ -28,7 +28,6 @@ __all__ = ["Cloud", "warm_start"]
 _PLAIN, _MARGINS = 0, 1  # what comes after a map: nothing, margins, or a mixture of two or more components
 _BEST, _FULL, _DIAGONAL, _FITTED = range(4)  # maps: by variational inference; affine, fitted to the particles
 _TIE = 0.3  # nats by which others must beat the best map alone: a network can learn that much
-_FOUND = 0.25  # share of the particles it asks for with which a mode counts as found
 _REFINEMENTS, _REFINING_MOVES = 2, 45  # maps fitted to the particles, HMC transitions under each
 
 
@@ -93,7 +92,7 @@ def _add_missing(
         std = jnp.sqrt(jnp.maximum(variance, 1e-12))
         inside = jnp.mean(belong((particles - mean) @ rotation / std))
         share = jax.nn.sigmoid(elbo - log_z)
-        missing = usable & (inside < _FOUND * share)
+        missing = usable & (inside < FOUND * share)
         key_which, key_draw = jax.random.split(key_f)
         replaced = missing & (jax.random.uniform(key_which, (n,)) < share)
         # not the fit's own draws: repeated, they would look like structure
@@ -151,8 +150,8 @@ def warm_start(
         ``[s, d]``; and scouts, points that lie as widely as the target may, such as draws of the prior,
         shape ``[m, d]``. The last returns the whitening, with margins that may be the identity; the
         mixture, whose first component is N(0, I) and alone where there is but one; the whitened particles,
-        shape ``[n, d]``; points that may be of modes without particles, here none, shape ``[0, d]``; the
-        what was evaluated; the particles' drift (see `tempered_particles`); and a random key for what comes
+        shape ``[n, d]``; points that may be of modes without particles, here none, shape ``[0, d]``; what
+        was evaluated; the particles' drift (see `tempered_particles`); and a random key for what comes
         next.
 
     Raises:
