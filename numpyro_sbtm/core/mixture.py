@@ -10,7 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_sbtm.core.target import Key
 
-__all__ = ["Mixture", "fit_mixture", "largest", "max_components", "moments", "normal"]
+__all__ = [
+    "Mixture",
+    "fit_mixture",
+    "largest",
+    "max_components",
+    "moments",
+    "normal",
+    "numbers_of_components",
+]
 
 _EM_STEPS = 50
 _PER_DIMENSION = 20  # particles per component and dimension that a covariance is fitted to
@@ -165,6 +173,17 @@ def max_components(num_particles: int, dim: int) -> int:
         (64, 20, 1)
     """
     return max(1, min(_MAX_COMPONENTS, num_particles // (_PER_DIMENSION * dim)))
+
+
+def numbers_of_components(most: int) -> list[int]:
+    """List how many components are worth a try: two, and the most halved again and again.
+
+    Examples:
+        >>> from numpyro_sbtm.core.mixture import numbers_of_components
+        >>> numbers_of_components(12), numbers_of_components(1)
+        ([2, 3, 6, 12], [2])
+    """
+    return sorted({2} | {most >> shift for shift in range(most.bit_length() - 1)})
 
 
 def _components(x: Float[Array, "n d"], weight: Float[Array, " n"], share: Float[Array, "n K"]) -> Mixture:

@@ -280,6 +280,10 @@ def report(mcmc: MCMC | Run, *, num_proposals: int | None = None, rng_key: Key |
     log_weight = np.concatenate([draws.log_weight for draws in fresh])
     one_to_one = np.concatenate([np.asarray(draws.one_to_one) for draws in fresh])
     learned = [sampler.learned for sampler in run.samplers]
+    improper: tuple[str, ...] = ()
+    if not run.samplers[0].posterior.proper:
+        improper = _improper(run, fresh, key_rays)
+        spent = spent.plus(Evaluations(values=num_values(fresh[0].x.shape[1]) * len(run.samplers)))
     measured = Measured(
         corrected=run.corrected,
         ensemble=any(sampler.several is not None and bool(sampler.several) for sampler in run.samplers),
@@ -293,10 +297,8 @@ def report(mcmc: MCMC | Run, *, num_proposals: int | None = None, rng_key: Key |
         not_finite=float(np.mean(~np.isfinite(log_weight) & one_to_one)),
         folded=float(1.0 - np.mean(one_to_one)),
         drift=max(float(one.located.drift) for one in learned),
-        improper=() if run.samplers[0].posterior.proper else _improper(run, fresh, key_rays),
+        improper=improper,
     )
-    if not run.samplers[0].posterior.proper:
-        spent = spent.plus(Evaluations(values=num_values(fresh[0].x.shape[1]) * len(run.samplers)))
     return _summary(run, measured, log_weight, spent)
 
 

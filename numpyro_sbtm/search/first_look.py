@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from numpyro_sbtm.compile import Stage
 from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Affine, Triangular, whiten
-from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, numbers_of_components
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.belonging import FOUND, belong
@@ -54,7 +54,9 @@ def first_look(target: Target, search: Search) -> list[Stage]:
 
     def temper(keys, found, first, base, spent):  # type: ignore[no-untyped-def]
         white, num = whiten(target, first), search.first_particles
-        u, log_z, more, drift = tempered_particles(keys[1], white, base, num, 1, True, _MOST_ROUNDS)
+        u, log_z, more, drift = tempered_particles(
+            keys[1], white, base, num, num_moves=1, brief=True, max_rounds=_MOST_ROUNDS
+        )
         score = jax.vmap(jax.grad(white.logdensity_fn))(u)
         suspects = _suspects(found, jax.vmap(lambda v: first.forward(v)[0])(u), log_z)
         return keys, first, u, score, suspects, spent.plus(more).plus(Evaluations(gradients=num)), drift
@@ -127,7 +129,7 @@ def _choose(
     size = max_components(n, dim)
     if size == 1:
         return whitening, padded_normal(u[0], 1), u, suspects, spent, drift, keys[4]
-    sizes = jnp.array(sorted({1, 2} | {size >> shift for shift in range(size.bit_length() - 1)}))
+    sizes = jnp.array([1, *numbers_of_components(size)])
     train = (jnp.arange(n) < n // 2).astype(u.dtype)
 
     def compare(carry, k):  # type: ignore[no-untyped-def]

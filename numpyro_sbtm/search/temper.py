@@ -11,11 +11,11 @@ from numpyro_sbtm.core.mixture import Mixture
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.search.moves import LEAPS, adapted, drift_between, first_step_size, or_very_low, spread_out
 
-__all__ = ["covering", "tempered_particles"]
+__all__ = ["MAX_TEMPERATURES", "covering", "tempered_particles"]
 
 _FAR = 20.0  # bound on where scouts lie, in whitened units
 _WIDE = 1.5  # standard deviation of the first particles, relative to what they must cover
-_MAX_TEMPERATURES = 80
+MAX_TEMPERATURES = 80
 _LAST_ROUNDS = 5  # of moves at the target itself
 _MORE_ROUNDS = 15  # where particles spread
 _MAX_ROUNDS = 45  # where they spread even then; their spreading is then measured anew
@@ -28,7 +28,7 @@ def tempered_particles(
     num_particles: int = 4096,
     num_moves: int = 3,
     brief: bool = False,
-    max_rounds: int = _MAX_TEMPERATURES,
+    max_rounds: int = MAX_TEMPERATURES,
 ) -> tuple[Float[Array, "n d"], Float[Array, ""], Evaluations, Float[Array, ""]]:
     """Carry particles from a mixture of normal distributions to a target by tempered SMC with HMC moves.
 

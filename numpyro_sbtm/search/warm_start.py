@@ -11,7 +11,7 @@ from numpyro_sbtm.compile import Stage
 from numpyro_sbtm.core.evaluations import Evaluations
 from numpyro_sbtm.core.maps import Triangular, whiten
 from numpyro_sbtm.core.maps.spline import fit_margins, identity_margins
-from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components
+from numpyro_sbtm.core.mixture import Mixture, fit_mixture, max_components, numbers_of_components
 from numpyro_sbtm.core.target import Key, Target
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.belonging import FOUND, belong
@@ -20,7 +20,7 @@ from numpyro_sbtm.search.fit import Fit, fit
 from numpyro_sbtm.search.fit_points import fit_points
 from numpyro_sbtm.search.guesses import first_guesses
 from numpyro_sbtm.search.moves import LEAPS, drift_between, hmc_moves
-from numpyro_sbtm.search.temper import covering, tempered_particles
+from numpyro_sbtm.search.temper import MAX_TEMPERATURES, covering, tempered_particles
 from numpyro_sbtm.search.wide import wide_warm_start
 
 __all__ = ["Cloud", "warm_start"]
@@ -119,7 +119,7 @@ class Cloud(NamedTuple):
     num: int
     num_moves: int
     brief: bool = False
-    max_rounds: int = 80
+    max_rounds: int = MAX_TEMPERATURES
 
 
 def warm_start(
@@ -218,7 +218,7 @@ def _choose(
     particles = _add_missing(keys[2], particles, log_z, found.elbos, own)
     x = jax.vmap(lambda u: first.forward(u)[0])(particles)
 
-    sizes = sorted({2} | {size >> shift for shift in range(size.bit_length() - 1)})
+    sizes = numbers_of_components(size)
     flat, diagonal = _affine_maps(x, found.best.order)
     maps, bases = [found.best, flat, diagonal], [_BEST, _FULL]
     if fitted is not None:
