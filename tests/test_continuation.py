@@ -237,7 +237,7 @@ def _found(x, num):
     zero = jnp.zeros(())
     whitening = Affine(jnp.zeros(1), jnp.eye(1))
     spent, searched = Evaluations().as_arrays(), jnp.ones((), bool)
-    return Located(whitening, mixture, x, zero, zero, zero, zero, zero > 1, None, spent, searched)
+    return Located(whitening, mixture, x, zero, zero, zero, zero, zero, zero, zero > 1, None, spent, searched)
 
 
 # ------------------------------------------------------------------ sizes of log densities

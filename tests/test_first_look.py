@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_within
 
 from numpyro_sbtm.core import Target, importance
 from numpyro_sbtm.core.evaluations import Evaluations
@@ -17,7 +18,8 @@ from numpyro_sbtm.core.weights import chain_efficiency, ess_fraction, metropolis
 from numpyro_sbtm.networks import denoiser
 from numpyro_sbtm.options import Search
 from numpyro_sbtm.search.first_look import _better_normal, first_look
-from numpyro_sbtm.search.ladder import StartingPoints, find_start
+from numpyro_sbtm.search.ladder import StartingPoints, _after, find_start
+from numpyro_sbtm.search.located import Located
 from numpyro_sbtm.search.normals import Normals, covering_normal, fit_normals
 
 
@@ -103,6 +105,68 @@ def test_an_ordinary_posterior_needs_one_look_of_few_evaluations():
     assert found.ess_fraction > 0.9 and found.efficiency > 0.9
     assert found.spent.total < 90_000
     assert len(first_look(Target(density, 5), Search())) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_arms_that_draws_do_not_reach_are_found_by_a_map_that_bends(seed):
+    """x0 ~ N(0, 2), x1 ~ N(x0², 1), x2 ~ N(x1² / 5, 1): a sixth of the mass lies where |x0| > 2.8.
+
+    A mixture of normal distributions stops there, and its weights do not tell.
+    """
+
+    def density(x):
+        z = jnp.stack([x[0] / 2.0, x[1] - x[0] ** 2, x[2] - x[1] ** 2 / 5.0])
+        return -0.5 * jnp.sum(z * z) - jnp.log(2.0) - 1.5 * jnp.log(2 * jnp.pi)
+
+    scouts = jax.random.uniform(jax.random.key(seed), (128, 3), minval=-2.0, maxval=2.0)
+    where = StartingPoints(scouts[:8], scouts, jnp.arange(3))
+    found = find_start(jax.random.key(seed), Target(density, 3), where, "auto", Search())
+    assert bool(found.sufficient())
+    assert_within(found.log_evidence, 0.0, found.log_evidence_se)
+    assert found.spent.total < 500_000
+    u = jax.vmap(found.reference.sample)(jax.random.split(jax.random.key(seed + 10), 20_000))
+    x = jax.vmap(lambda v: found.whitening.forward(v)[0])(u)
+    weight = jnp.exp(jax.vmap(lambda v: found.whitening.forward(v)[1])(u) + jax.vmap(density)(x))
+    weight = weight / jnp.exp(jax.vmap(found.reference.log_prob)(u))
+    means = weight @ x / jnp.sum(weight)
+    # standard deviations of means: 2, 5.7 and 19 over the root of 10,000 effective draws
+    for mean, exact, error in zip(means, (0.0, 4.0, 9.8), (0.02, 0.06, 0.2), strict=True):
+        assert_within(mean, exact, error)
+
+
+def _looked(log_z, se, fraction, khat):
+    """What a look may have found: draws of that evidence and quality."""
+    scalar = lambda value: jnp.asarray(value, jnp.float32)  # noqa: E731
+    return Located(
+        whitening=Affine(jnp.zeros(1), jnp.eye(1)),
+        reference=normal(1),
+        points=None,
+        ess_fraction=scalar(fraction),
+        khat=scalar(khat),
+        efficiency=scalar(fraction),
+        log_evidence=scalar(log_z),
+        log_evidence_se=scalar(se),
+        drift=scalar(0.0),
+        outside=jnp.zeros((), bool),
+        step_size=None,
+        spent=Evaluations(100, 10),
+        searched=jnp.ones((), bool),
+    )
+
+
+def test_draws_of_a_lower_evidence_than_those_of_another_look_are_not_believed():
+    seldom, exact = _looked(-0.2, 0.01, 0.8, 0.5), _looked(0.0, 0.003, 0.6, 0.1)
+    assert bool(seldom.sufficient()) and not bool(seldom.certain())
+    looks = [seldom]
+    assert float(_after(looks, exact, Evaluations(40, 4)).log_evidence) == 0.0
+    assert looks[-1].spent == Evaluations(160, 16) and bool(looks[-1].sufficient())
+    # the other way round, however good its weights look, and even if a look between was worse than both
+    looks = [_looked(0.0, 0.003, 0.3, 0.1), _looked(-2.0, 1.0, 0.01, 0.9)]
+    assert not bool(_after(looks, _looked(-0.2, 0.003, 0.95, -jnp.inf), Evaluations()).sufficient())
+    # within errors the better of two that suffice is taken
+    looks = [_looked(-0.05, 0.03, 0.8, 0.5)]
+    assert float(_after(looks, exact, Evaluations()).ess_fraction) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(("spread", "steps"), [(0.3, 1), (1.0, 4), (1.5, 4)])

@@ -38,7 +38,7 @@ def bent(x):
 
 
 def random_whitening(dim, seed=0, strength=1.0):
-    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    keys = iter(jax.random.split(jax.random.key(seed), 11))
     vector = lambda size: strength * size * jax.random.normal(next(keys), (dim,))  # noqa: E731
     matrix = lambda size: strength * size * jax.random.normal(next(keys), (dim, dim))  # noqa: E731
     return Triangular(
@@ -51,6 +51,7 @@ def random_whitening(dim, seed=0, strength=1.0):
         precision=jnp.exp(vector(1.0)),
         skew=vector(0.3),
         tail=strength * jnp.linspace(-0.3, 0.3, dim),
+        shears=jnp.tril(jnp.stack([matrix(0.2), matrix(0.2)]), -1),
         margins=fit_margins(bent(strength * jax.random.normal(next(keys), (200, dim))), jnp.ones(200)),
     )
 

@@ -42,6 +42,7 @@ class Shape(NamedTuple):
     log_precision: Float[Array, " d"]
     skew: Float[Array, " d"]
     tail: Float[Array, " d"]
+    shears: Float[Array, "2 d d"]
 
 
 def _whitening(guess: Triangular, shape: Shape) -> Triangular:
@@ -56,6 +57,7 @@ def _whitening(guess: Triangular, shape: Shape) -> Triangular:
         jnp.exp(shape.log_precision - 3.0),
         shape.skew,
         0.5 * jnp.tanh(shape.tail),
+        jnp.tril(shape.shears, -1),
     )
 
 
@@ -75,7 +77,7 @@ class Family(NamedTuple):
 
 def _blank_shape(guess: Triangular) -> Shape:
     vector, matrix = jnp.zeros_like(guess.loc), jnp.zeros_like(guess.scale_tril)
-    return Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4)
+    return Shape(vector, vector, *(matrix,) * 3, *(vector,) * 4, jnp.stack([matrix, matrix]))
 
 
 TRIANGULAR = Family(_blank_shape, _whitening, lambda whitening, u: whitening.sorted(u))

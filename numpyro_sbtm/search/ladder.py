@@ -35,6 +35,7 @@ _WORSE = 0.9  # of its effective fraction may be lost by a mixture that reaches 
 _NUM_HEAVY = 8  # particles of the largest weights, which may be of a mode where nothing is drawn
 _HEAVY = 3.0  # nats by which a weight exceeds the mean one, to be among them
 _CLIMB_STEPS = 40
+_QUALITY = "ess_fraction", "khat", "efficiency", "log_evidence", "log_evidence_se"  # of what is found
 _MOST_ROUNDS = 40  # of half of the particles
 
 
@@ -63,11 +64,12 @@ def find_start(
     """Look for the posterior, or take what is given, and judge draws from there.
 
     Normal distributions and few particles look first, then a map that bends and as few particles, then more
-    of them. Where draws from what one look shows are good, its particles have arrived, and none of them lies
-    outside, that is all; last comes a look by many, where training would not know where to begin. Where
-    weights of draws are not nearly equal, draws better the mixture, in few enough dimensions, if they are
-    then good enough. What is traced, and what has too many dimensions for matrices, is looked at once by
-    many, and its mixture stays.
+    of them. Where draws from what one look shows are good, its particles have arrived, none of them lies
+    outside, and no look before has a higher evidence, that is all. The first look must be certain of it, or
+    the second agree. Last comes a look by many, where training would not know where to begin. Where weights
+    of draws are not nearly equal, draws better the mixture, in few enough dimensions, if they are then good
+    enough. What is traced, and what has too many dimensions for matrices, is looked at once by many, and its
+    mixture stays.
 
     Args:
         key: random key.
@@ -98,24 +100,37 @@ def find_start(
     if search.refine or not search.first_particles:
         return look(1, [guess, *many], key, starts, scouts)[0]
     found, (guessed, *_) = look(1, [guess, *first_look(target, search)], key, starts, scouts)
-    if bool(found.sufficient()):
+    if bool(found.certain()):
         return found
     seek, *few = warm_start(target, order, search, Cloud(search.first_particles, 1, brief=True))[1:]
     again, (_, fitted, *_) = look(2, [_with_new_keys, seek, *few], *guessed)
-    found = _after(found, again, guessed[-1])
+    looks = [found]
+    found = _after(looks, again, guessed[-1])
     # what was fitted stays; particles start anew, and many only where few have not seen enough to train from
     for number, cloud in (3, Cloud(search.num_particles // 2, 1, max_rounds=_MOST_ROUNDS)), (4, None):
         if bool(found.sufficient()) or (cloud is None and bool(found.trainable())):
             return found
         stages = warm_start(target, order, search, cloud)[2:]
         fitted = _with_new_keys(*fitted)
-        found = _after(found, look(number, stages, *fitted)[0], fitted[1].spent)
+        found = _after(looks, look(number, stages, *fitted)[0], fitted[1].spent)
     return found
 
 
-def _after(before: Located, found: Located, in_both: Evaluations) -> Located:
-    """Add what looks before have spent, but for what is counted in both."""
-    return found._replace(spent=found.spent.plus(before.spent).plus(in_both.times(-1)))
+def _after(before: list[Located], found: Located, in_both: Evaluations) -> Located:
+    """Choose between what looks before and the next have found, and append the next to those before.
+
+    Draws of which the evidence is lower than that of another look, by more than errors, miss a part of the
+    posterior. If they are those of the last look, it is not taken; if they are those of the next, that part
+    is as good as a mode outside. What was evaluated is that of all, but what is in both is counted once.
+    """
+    last = before[-1]
+    found = found._replace(spent=found.spent.plus(last.spent).plus(in_both.times(-1)))
+    misses = any(bool(found.less_than(look)) for look in before)
+    found = found._replace(outside=found.outside | misses)
+    better = not bool(found.sufficient()) or bool(last.ess_fraction > found.ess_fraction)
+    stays = bool(last.sufficient() & (found.drift == 0.0) & ~last.less_than(found))
+    before.append(last._replace(spent=found.spent) if stays and better else found)
+    return before[-1]
 
 
 def _with_new_keys(keys: Keys, *rest: Any) -> tuple[Any, ...]:
@@ -154,10 +169,9 @@ def _bettered(key: Key, target: Target, found: Located, search: Search, steps_pe
         return better, *_quality(log_weight, steps_per_draw, points.dtype)
 
     better, *quality = run_stages([adapt], key, found.whitening, found.reference, found.points)
-    fraction, khat, efficiency = quality
     found = found._replace(spent=found.spent.plus(Evaluations(values=(rounds + 1) * num)))
-    bettered = found._replace(reference=better, ess_fraction=fraction, khat=khat, efficiency=efficiency)
-    worse = float(fraction) < _WORSE * float(found.ess_fraction)
+    bettered = found._replace(reference=better, **dict(zip(_QUALITY, quality, strict=True)))
+    worse = float(bettered.ess_fraction) < _WORSE * float(found.ess_fraction)
     return found if worse or not bool(bettered.sufficient()) else bettered
 
 
@@ -172,11 +186,12 @@ def _fresh_weights(key: Key, logdensity_fn: LogDensity, proposal: Mixture, num: 
 
 
 def _quality(log_weight: Float[Array, " n"], steps_per_draw: int, dtype: Any) -> tuple[Float[Array, ""], ...]:
-    """Compute the effective fraction, k-hat where it matters, and what a draw of a chain is worth."""
+    """Compute the effective fraction, k-hat where it matters, what a draw of a chain is worth, and log Z."""
     measures = (
         ess_fraction(log_weight),
         judged_tail_index(log_weight),
         chain_efficiency(log_weight, steps_per_draw),
+        *log_evidence(log_weight),
     )
     return tuple(measure.astype(dtype) for measure in measures)
 
@@ -207,15 +222,13 @@ def _some(points: Float[Array, "n d"], num: int) -> Float[Array, "m d"]:
 
 def _judged(found: tuple[Any, ...]) -> Located:
     """Name what `_check` returned."""
-    whitening, reference, points, (fraction, khat, efficiency), drift, outside, spent = found
+    whitening, reference, points, quality, drift, outside, spent = found
     searched = jnp.asarray(np.array(points is not None))
     return Located(
         whitening=whitening,
         reference=reference,
         points=points,
-        ess_fraction=fraction,
-        khat=khat,
-        efficiency=efficiency,
+        **dict(zip(_QUALITY, quality, strict=True)),
         drift=drift,
         outside=outside,
         step_size=None,

@@ -3,6 +3,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from numpyro_sbtm.core.evaluations import Evaluations
@@ -14,6 +15,8 @@ __all__ = ["Located"]
 
 _WORTH = 0.3
 _LEAST = 0.05
+_EQUAL, _LIGHT = 0.9, 0.4
+_MISSING = 0.03  # nats that one look's evidence may lie below another's, at least
 
 
 class Located(NamedTuple):
@@ -28,6 +31,8 @@ class Located(NamedTuple):
         khat: Pareto k̂ of their weights; minus infinity where their tail does no harm.
         efficiency: what a draw of a chain of such proposals is worth, in effective draws, as predicted
             from the weights (see `numpyro_sbtm.core.weights.chain_efficiency`).
+        log_evidence: log Z as those weights tell it, shape ``[]``.
+        log_evidence_se: its standard error, shape ``[]``.
         drift: by what part a variance of tempered particles still changed, at least, shape ``[]``.
         outside: whether a particle is of a mode from which nothing is drawn, shape ``[]``.
         step_size: of local moves, in whitened units; None where there are none, shape ``[]``.
@@ -41,6 +46,8 @@ class Located(NamedTuple):
     ess_fraction: Float[Array, ""]
     khat: Float[Array, ""]
     efficiency: Float[Array, ""]
+    log_evidence: Float[Array, ""]
+    log_evidence_se: Float[Array, ""]
     drift: Float[Array, ""]
     outside: Bool[Array, ""]
     step_size: Float[Array, ""] | None
@@ -70,3 +77,15 @@ class Located(NamedTuple):
     def usable(self) -> Bool[Array, ""]:
         """Say whether draws from it alone would do: an effective fraction above 0.5 and k̂ below 0.7."""
         return (self.ess_fraction > 0.5) & (self.khat < USABLE_KHAT)
+
+    def certain(self) -> Bool[Array, ""]:
+        """Say whether weights are so equal that draws can hardly have missed what hangs with them.
+
+        That is an effective fraction above 0.9, or k̂ below 0.4.
+        """
+        return self.sufficient() & ((self.ess_fraction > _EQUAL) | (self.khat < _LIGHT))
+
+    def less_than(self, other: "Located") -> Bool[Array, ""]:
+        """Say whether the evidence of draws is lower than another look's by more than errors."""
+        error = jnp.hypot(self.log_evidence_se, other.log_evidence_se)
+        return other.log_evidence - self.log_evidence > jnp.maximum(3.0 * error, _MISSING)

@@ -17,16 +17,18 @@ _MAX_LOG_SCALE = 6.0  # bound on what one whitened point may add to a log scale:
 class Triangular(NamedTuple):
     """A triangular map from the whitened point u to the point x of the target,
 
-        x[order] = loc + L r,      r_j = σ_j s_j + σ_j² (V s + b)_j,
+        x[order] = loc + L h(r),      r_j = σ_j s_j + σ_j² (V s + b)_j,
         σ_j⁻² = exp(-2 (W s)_j) + κ_j,      s_j = sinh(exp(τ_j) asinh(m_j(u_j)) + ε_j),
 
-    with W and V strictly lower triangular. With all but loc and L at zero it is affine. The rest is the
-    shape of a hierarchical posterior. Given hyperparameters, which ``order`` puts first, the precision of
-    an effect is that of its prior, log-linear in them, plus that of its data, κ; and its mean leaves the
-    prior's by an amount proportional to its variance. So a funnel becomes nearly Gaussian down to its
-    neck. ε skews a coordinate and τ changes its tails, as the logarithm of a scale is skewed. The Jacobian
-    is triangular: the log-determinant is a sum. The margins m are fitted to points, and are the identity
-    where none are at hand.
+    with W and V strictly lower triangular, and h two shears r + Q (r∘r) after one another, Q strictly lower
+    triangular, too. With all but loc and L at zero it is affine. Shears bend: a coordinate may follow the
+    square of one before it, and another the square of that. The rest is the shape of a hierarchical
+    posterior. Given hyperparameters, which ``order`` puts first, the precision of an effect is that of its
+    prior, log-linear in them, plus that of its data, κ; and its mean leaves the prior's by an amount
+    proportional to its variance. So a funnel becomes nearly Gaussian down to its neck. ε skews a coordinate
+    and τ changes its tails, as the logarithm of a scale is skewed. The Jacobian is triangular: the
+    log-determinant is a sum, to which shears add nothing. The margins m are fitted to points, and are the
+    identity where none are at hand.
 
     Attributes:
         order: a permutation of the coordinates, shape ``[d]``.
@@ -38,6 +40,7 @@ class Triangular(NamedTuple):
         precision: κ, not negative, shape ``[d]``.
         skew: ε, shape ``[d]``.
         tail: τ, shape ``[d]``.
+        shears: both Q, shape ``[2, d, d]``.
         margins: m; None for the identity.
 
     Reference:
@@ -54,6 +57,7 @@ class Triangular(NamedTuple):
     precision: Float[Array, " d"]
     skew: Float[Array, " d"]
     tail: Float[Array, " d"]
+    shears: Float[Array, "2 d d"]
     margins: Margins | None = None
 
     @classmethod
@@ -63,7 +67,7 @@ class Triangular(NamedTuple):
         """Make the one that is affine, x[order] = loc + scale_tril u; None for x in its own order."""
         zero, flat = jnp.zeros_like(scale_tril), jnp.zeros_like(loc)
         order = jnp.arange(loc.shape[0]) if order is None else order
-        return cls(order, loc, scale_tril, zero, zero, flat, flat, flat, flat)
+        return cls(order, loc, scale_tril, zero, zero, flat, flat, flat, flat, jnp.stack([zero, zero]))
 
     def forward(self, u: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         """Map one whitened point; with the log-determinant."""
@@ -76,6 +80,10 @@ class Triangular(NamedTuple):
     def inverse(self, x: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         """Map one point of the target's space back; with the log-determinant."""
         r = jax.scipy.linalg.solve_triangular(self.scale_tril, x[self.order] - self.loc, lower=True)
+        for shear in self.shears[::-1]:
+            sheared = r
+            back = lambda j, r: r.at[j].set(sheared[j] - shear[j] @ (r * r))  # noqa: B023, E731
+            r = jax.lax.fori_loop(1, r.shape[0], back, r)
 
         def solve(j: Int[Array, ""], s: Float[Array, " d"]) -> Float[Array, " d"]:
             # what comes before j is known, and nothing else enters
@@ -95,6 +103,8 @@ class Triangular(NamedTuple):
         precision, shift = self._conditional(s, slice(None))
         root = jnp.sqrt(precision)
         r = s / root + shift
+        for shear in self.shears:
+            r = r + shear @ (r * r)
         log_slopes = self.tail + jnp.log(cosh / (root * jnp.sqrt(1.0 + u * u)))
         log_det = jnp.sum(log_slopes) + jnp.sum(jnp.log(jnp.diagonal(self.scale_tril)))
         return self.loc + self.scale_tril @ r, log_det
