@@ -46,6 +46,7 @@ class Shape(NamedTuple):
 
 
 def _whitening(guess: Triangular, shape: Shape) -> Triangular:
+    """Make the map; shears of the guess are ones where they are free, and zeros where there are none."""
     tril = jnp.tril(shape.scale, -1) + jnp.diag(jnp.exp(shape.log_diagonal))
     return Triangular(
         guess.order,
@@ -57,7 +58,7 @@ def _whitening(guess: Triangular, shape: Shape) -> Triangular:
         jnp.exp(shape.log_precision - 3.0),
         shape.skew,
         0.5 * jnp.tanh(shape.tail),
-        jnp.tril(shape.shears, -1),
+        jnp.tril(guess.shears * shape.shears, -1),
     )
 
 

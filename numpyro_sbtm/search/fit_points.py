@@ -60,10 +60,7 @@ def fit_points(key: Key, points: Float[Array, "n d"], order: Int[Array, " d"]) -
 
     def loss(shape: Shape, batch: Float[Array, "b d"]) -> Float[Array, ""]:
         u, log_det = jax.vmap(lambda x: TRIANGULAR.build(guess, shape).inverse(x))(batch)
-        free = (
-            jnp.tril(part, -1)
-            for part in (shape.scale, shape.log_scale_slope, shape.shift_slope, shape.shears)
-        )
+        free = (jnp.tril(part, -1) for part in (shape.scale, shape.log_scale_slope, shape.shift_slope))
         penalty = sum(jnp.sum(jnp.abs(part)) for part in free) / n**0.5
         return jnp.mean(0.5 * jnp.sum(u * u, -1) + log_det) + penalty
 
